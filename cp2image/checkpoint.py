@@ -1,0 +1,250 @@
+"""A trained model as one versioned folder. Floor: above storage, data and models.
+
+``weights.safetensors`` holds the generator, ``discriminator.safetensors`` the critic,
+``scaling.safetensors`` the per-plate scaling; ``checkpoint.json`` (written last, so that a folder
+without it is no checkpoint) the ordered features, channels, normalisation and splits;
+``config.yaml`` the resolved experiment. Nothing that is loaded can execute code.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import load as load_arrays
+from safetensors.numpy import save as save_arrays
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from cp2image.columns import IDENTITY, PLATE, require_columns
+from cp2image.data.identity import cell_keys
+from cp2image.data.intensity import Intensity
+from cp2image.data.scaling import Scaling
+from cp2image.data.schema import PatchFormat
+from cp2image.data.splits import Splits
+from cp2image.errors import CheckpointError
+from cp2image.models.cp2image import Generator
+from cp2image.storage import exists, join, read_bytes, write_bytes
+
+FORMAT_VERSION = 1
+_PASS = 104
+"""Cells per forward pass. Always the same, so that the batch a cell is in does not change it."""
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What a checkpoint says about itself.
+
+    Attributes
+    ----------
+    preset
+        Which network the weights belong to.
+    channels, patch_size
+        Of the patches it draws.
+    steps
+        Training steps done.
+    metrics
+        Last validation metrics.
+    notes
+        Remarks of scaling and selection, and the columns they left out with the reason.
+    """
+
+    preset: str
+    channels: tuple[str, ...]
+    patch_size: int
+    steps: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+class Model:
+    """A generator with everything that stands between a CellProfiler table and it.
+
+    Attributes
+    ----------
+    features
+        Names of the columns it needs, in order.
+    channels
+        Names of the channels it draws, in order.
+    """
+
+    def __init__(
+        self, card: ModelCard, scaling: Scaling, intensity: Intensity, splits: Splits,
+        weights: dict[str, Tensor], *, config: str = "", hash: str = "", device: str = "cpu",
+    ) -> None:
+        self.card, self.scaling, self.intensity, self.splits = card, scaling, intensity, splits
+        self.config, self.hash, self._device = config, hash, device
+        self._generator = Generator(len(scaling.features), len(card.channels), card.patch_size)
+        self._generator.load_state_dict(weights)
+        self._generator.eval().requires_grad_(False).to(device)
+        if device == "cpu":
+            self._generator.to(memory_format=torch.channels_last)
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Names of the columns it needs, in order."""
+        return tuple(self.scaling.features)
+
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """Names of the channels it draws, in order."""
+        return self.card.channels
+
+    @property
+    def patch_format(self) -> PatchFormat:
+        """Format of the patches it draws: 8 bit, in the model's own normalisation."""
+        return PatchFormat(
+            self.channels, self.card.patch_size, "uint8", 8, self.intensity.kind
+        )
+
+    def generate(self, profiles: pd.DataFrame | NDArray[Any], seed: int = 0) -> NDArray[np.uint8]:
+        """Draw one patch per row.
+
+        Parameters
+        ----------
+        profiles
+            A DataFrame with the model's features (in any order, in CellProfiler's own units) and,
+            if known, ``Metadata_Plate`` (its scaling is used) and the other identity columns (they
+            seed a cell's noise); or an array (N, p) of the features in order.
+        seed
+            Another seed is another draw; the published model has no noise and ignores it.
+
+        Returns
+        -------
+        NDArray
+            uint8, (N, channels, patch_size, patch_size).
+
+        Raises
+        ------
+        ColumnError
+            If features are missing or doubled, with the nearest names.
+        CheckpointError
+            If an array has another width.
+        """
+        if isinstance(profiles, pd.DataFrame):
+            require_columns(list(profiles.columns), self.features, "the table of profiles")
+            values = profiles[list(self.features)].to_numpy(dtype=np.float64, na_value=np.nan)
+            plates = profiles[PLATE].astype(str).tolist() if PLATE in profiles else [""] * len(values)
+            known = set(IDENTITY) <= set(profiles.columns)
+            keys = cell_keys(profiles) if known else np.arange(len(values), dtype=np.uint64)
+        else:
+            values = np.asarray(profiles, dtype=np.float64)
+            if values.ndim != 2 or values.shape[1] != len(self.features):
+                raise CheckpointError(
+                    f"profiles have shape {values.shape}, the model takes (N, {len(self.features)}): "
+                    "one column per entry of .features, in that order"
+                )
+            plates = [""] * len(values)
+            keys = np.arange(len(values), dtype=np.uint64)
+        return self.draw(self.scaling.apply(values, plates), keys, seed)
+
+    def draw(
+        self, scaled: NDArray[np.float32], keys: NDArray[np.uint64], seed: int = 0
+    ) -> NDArray[np.uint8]:
+        """Draw from features that are scaled already, (N, p); ``keys`` name the cells."""
+        out = np.empty((len(scaled), *self.patch_format.shape), dtype=np.uint8)
+        for start in range(0, len(scaled), _PASS):
+            part = scaled[start : start + _PASS]
+            full = np.zeros((_PASS, scaled.shape[1]), dtype=np.float32)
+            full[: len(part)] = part
+            with torch.inference_mode():
+                drawn = self._generator(torch.from_numpy(full).to(self._device))
+                pixels = drawn[: len(part)].clamp_(0, 1).mul_(255).round_().to(torch.uint8)
+            out[start : start + len(part)] = pixels.cpu().numpy()
+        return out
+
+
+def save_checkpoint(
+    uri: str, card: ModelCard, scaling: Scaling, intensity: Intensity, splits: Splits,
+    generator: dict[str, Tensor], discriminator: dict[str, Tensor], config: str,
+) -> None:
+    """Write a checkpoint folder; ``checkpoint.json``, with the files' hashes, comes last."""
+    files = {
+        "weights.safetensors": save_tensors(_plain(generator)),
+        "discriminator.safetensors": save_tensors(_plain(discriminator)),
+        "scaling.safetensors": save_arrays(scaling.to_tensors()),
+        "config.yaml": config.encode(),
+    }
+    for name, data in files.items():
+        write_bytes(join(uri, name), data)
+    entry = {
+        "format_version": FORMAT_VERSION,
+        "preset": card.preset,
+        "channels": card.channels,
+        "patch_size": card.patch_size,
+        "steps": card.steps,
+        "metrics": card.metrics,
+        "scaling": scaling.describe(),
+        "intensity": intensity.to_json(),
+        "splits": splits.to_json(),
+        "notes": card.notes,
+        "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
+    }
+    write_bytes(join(uri, "checkpoint.json"), json.dumps(entry, indent=1).encode())
+
+
+def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+
+
+def load_model(uri: str, device: str = "cpu") -> Model:
+    """Load a checkpoint folder, or an MLflow model named ``models:/name@alias`` or ``runs:/…``.
+
+    Raises
+    ------
+    CheckpointError
+        If it is missing, of a later version, or its files do not match their recorded hashes.
+    """
+    folder = _download(uri) if uri.startswith(("models:/", "runs:/")) else uri
+    if not exists(join(folder, "checkpoint.json")):
+        raise CheckpointError(
+            f"{uri}: no checkpoint (checkpoint.json is missing); train one with jobs/train.py or "
+            "check train.output"
+        )
+    try:
+        data = json.loads(read_bytes(join(folder, "checkpoint.json")))
+        version = data["format_version"]
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{uri}: checkpoint.json is damaged ({error})") from error
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{uri}: format {version}, this program reads up to {FORMAT_VERSION}; update cp2image"
+        )
+    files = {}
+    for name, expected in data["sha256"].items():
+        if name == "discriminator.safetensors":
+            continue
+        files[name] = read_bytes(join(folder, name))
+        found = hashlib.sha256(files[name]).hexdigest()
+        if found != expected:
+            raise CheckpointError(
+                f"{uri}: {name} is not the file that was saved (sha256 {found[:12]}…, expected "
+                f"{expected[:12]}…); copy the checkpoint again"
+            )
+    card = ModelCard(
+        data["preset"], tuple(data["channels"]), data["patch_size"], data["steps"],
+        data["metrics"], data["notes"],
+    )
+    scaling = Scaling.from_tensors(load_arrays(files["scaling.safetensors"]), data["scaling"])
+    return Model(
+        card, scaling, Intensity.from_json(data["intensity"]), Splits.from_json(data["splits"]),
+        load_tensors(files["weights.safetensors"]), config=files["config.yaml"].decode(),
+        hash=data["sha256"]["weights.safetensors"], device=device,
+    )
+
+
+def _download(uri: str) -> str:
+    import mlflow
+
+    try:
+        folder = mlflow.artifacts.download_artifacts(uri)
+    except Exception as error:  # MLflow's exceptions differ by store
+        raise CheckpointError(f"{uri}: MLflow has no such model ({error})") from error
+    return join(str(folder), "checkpoint")
+
+

@@ -1,0 +1,450 @@
+"""Scale features per plate against the negative control. Floor 1: numpy and pandas.
+
+Per plate, the median and MAD · 1.4826 of its control cells, as pycytominer's ``mad_robustize``
+with ``samples`` = the controls and ``mad_robustize_epsilon`` = 0. Plates come one after another
+and a bounded sample of each is kept, so memory does not grow with the number of cells.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from cp2image.columns import COMPOUND, nearest
+from cp2image.config import Scaling as ScalingConfig
+from cp2image.data.identity import Words, texts
+from cp2image.errors import CheckpointError, ColumnError, DatasetError
+
+Values = NDArray[np.floating]
+
+MAX_CONTROLS = 5_000
+"""Control cells of one plate that its scaling is computed from."""
+MAX_GLOBAL = 20_000
+"""Cells of all plates together that the global scaling is computed from."""
+_NORMAL = 1.4826
+_NO_SPREAD = 1e-6
+_CHUNK = 8_192
+
+
+def is_control(frame: pd.DataFrame, control: Mapping[str, str]) -> NDArray[np.bool_]:
+    """Say which cells are negative controls.
+
+    Parameters
+    ----------
+    frame
+        N cells with their ``Metadata_*`` columns.
+    control
+        Column → value, as ``{"Metadata_Compound": "DMSO"}``; all must hold. Whole numbers are
+        compared as such: ``"0"`` is 0.0.
+
+    Returns
+    -------
+    NDArray[np.bool_]
+        Shape (N,); all False where the table has no ``Metadata_Compound`` and it is asked for.
+
+    Raises
+    ------
+    ColumnError
+        If another column is missing.
+    """
+    chosen = np.full(len(frame), bool(control))
+    for name, wanted in control.items():
+        if name not in frame:
+            if name == COMPOUND:
+                return np.zeros(len(frame), dtype=bool)
+            raise ColumnError(
+                f"scaling.control: the cells have no column {name!r}{nearest(name, frame.columns)}"
+            )
+        value = texts(pd.Series([wanted], dtype=object), whole_numbers=True)[0]
+        chosen &= texts(frame[name], whole_numbers=True) == value
+    return chosen
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """A centre and a scale per plate and feature, and one of each for unknown plates.
+
+    Attributes
+    ----------
+    features
+        Names of the p features, in the model's order.
+    plates
+        Names of the P plates that rows 0 to P - 1 belong to; the last row is the global one.
+    center, scale
+        Shape (P + 1, p); the scale is > 0.
+    clip
+        Limit of the scaled values.
+    min_controls
+        Cells needed to scale a plate's feature by the plate itself.
+    notes
+        What was done other than by default, a sentence each.
+    """
+
+    features: tuple[str, ...]
+    plates: tuple[str, ...]
+    center: NDArray[np.float64]
+    scale: NDArray[np.float64]
+    clip: float
+    min_controls: int = 25
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check shapes and values."""
+        shape = (len(self.plates) + 1, len(self.features))
+        if self.center.shape != shape or self.scale.shape != shape:
+            raise CheckpointError(
+                f"scaling of {shape[0] - 1} plates and {shape[1]} features needs arrays of shape "
+                f"{shape}, found center {self.center.shape} and scale {self.scale.shape}"
+            )
+        if len(set(self.plates)) < len(self.plates):
+            raise CheckpointError("scaling names a plate more than once")
+        if not (np.isfinite(self.center).all() and np.isfinite(self.scale).all()):
+            raise CheckpointError("scaling holds values that are not finite; fit it again")
+        if not ((self.scale > 0).all() and self.clip > 0):
+            raise CheckpointError("scaling holds a scale or clip that is not positive")
+
+    def apply(self, values: Values, plates: Sequence[str]) -> NDArray[np.float32]:
+        """Scale cells, each by its plate.
+
+        Parameters
+        ----------
+        values
+            Shape (N, p), columns in the order of `features`.
+        plates
+            Plate of each cell, length N; unknown ones are scaled by the global row.
+
+        Returns
+        -------
+        NDArray[np.float32]
+            Shape (N, p), in ± `clip`; NaN and infinite values become 0, the control's median.
+
+        Raises
+        ------
+        DatasetError
+            If the shapes do not fit.
+        """
+        if values.shape != (len(plates), len(self.features)):
+            raise DatasetError(
+                f"values of shape {values.shape} for {len(plates)} cells; "
+                f"expected {len(self.features)} features in the scaling's order"
+            )
+        rows = self._rows(plates)
+        scaled = np.empty(values.shape, dtype=np.float32)
+        for start in range(0, len(values), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            block = values[part].astype(np.float64)
+            block[~np.isfinite(block)] = np.nan
+            block = (block - self.center[rows[part]]) / self.scale[rows[part]]
+            scaled[part] = np.nan_to_num(np.clip(block, -self.clip, self.clip), nan=0.0)
+        return scaled
+
+    def with_plate(self, plate: str, controls: Values) -> "Scaling":
+        """Add a plate that was not in training, from its own controls.
+
+        Parameters
+        ----------
+        plate
+            A new name.
+        controls
+            Control cells of the plate, shape (n, p), in the order of `features`; any n.
+
+        Raises
+        ------
+        DatasetError
+            If the plate is there already or the columns do not fit.
+        """
+        if plate in self.plates:
+            raise DatasetError(f"plate {plate!r} has a scaling already; use it or another name")
+        _check_width(controls, self.features, plate)
+        center, scale, note = _fill(
+            plate, _spread(controls), self.center[-1], self.scale[-1], self.min_controls
+        )
+        return replace(
+            self,
+            plates=(*self.plates, plate),
+            center=np.vstack([self.center[:-1], center, self.center[-1]]),
+            scale=np.vstack([self.scale[:-1], scale, self.scale[-1]]),
+            notes=(*self.notes, *note),
+        )
+
+    def to_tensors(self) -> dict[str, NDArray[np.float64]]:
+        """Return the arrays, for safetensors; `describe` has the rest."""
+        return {"center": self.center, "scale": self.scale}
+
+    def describe(self) -> dict[str, Any]:
+        """Return everything but the arrays, as JSON can hold it."""
+        return {
+            "features": list(self.features),
+            "plates": list(self.plates),
+            "clip": self.clip,
+            "min_controls": self.min_controls,
+            "notes": list(self.notes),
+        }
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, NDArray[np.float64]], description: Mapping[str, Any]
+    ) -> "Scaling":
+        """Restore what `to_tensors` and `describe` returned.
+
+        Raises
+        ------
+        CheckpointError
+            If a part is missing or they do not fit each other.
+        """
+        try:
+            return cls(
+                features=tuple(description["features"]),
+                plates=tuple(description["plates"]),
+                center=np.array(tensors["center"], dtype=np.float64),
+                scale=np.array(tensors["scale"], dtype=np.float64),
+                clip=float(description["clip"]),
+                min_controls=int(description["min_controls"]),
+                notes=tuple(description["notes"]),
+            )
+        except KeyError as error:
+            raise CheckpointError(f"scaling has no {error}; the checkpoint is damaged") from error
+
+    def _rows(self, plates: Sequence[str]) -> NDArray[np.int64]:
+        known = {plate: row for row, plate in enumerate(self.plates)}
+        codes, distinct = pd.factorize(np.asarray(plates, dtype=object))
+        rows = [known.get(str(plate), len(known)) for plate in distinct]
+        return np.array([*rows, len(known)], dtype=np.int64)[codes]
+
+
+class KeyedSample:
+    """At most ``limit`` cells, those with the smallest keys: a sample that no order can change.
+
+    Attributes
+    ----------
+    seen
+        Cells added so far.
+    keys, values
+        The sample: shapes (n,) and (n, p), by rising key.
+    """
+
+    def __init__(self, features: int, limit: int = MAX_CONTROLS) -> None:
+        self.limit = limit
+        self.seen = 0
+        self.keys: Words = np.empty(0, dtype=np.uint64)
+        self.values: Values = np.empty((0, features), dtype=np.float32)
+
+    def add(self, keys: Words, values: Values) -> None:
+        """Add cells, in blocks of any size and order.
+
+        Parameters
+        ----------
+        keys
+            From `cp2image.data.identity.cell_keys`, shape (n,).
+        values
+            Shape (n, p).
+        """
+        if len(keys) != len(values) or values.shape[1:] != self.values.shape[1:]:
+            raise DatasetError(
+                f"{len(keys)} keys with values of shape {values.shape}; "
+                f"expected (cells, {self.values.shape[1]})"
+            )
+        self.seen += len(keys)
+        if len(self.keys) == self.limit:
+            below = keys < self.keys[-1]
+            keys, values = keys[below], values[below]
+        if len(keys):
+            merged = np.concatenate([self.keys, keys])
+            chosen = np.argsort(merged, kind="stable")[: self.limit]
+            self.keys = merged[chosen]
+            self.values = np.concatenate([self.values, values])[chosen]
+
+
+class ScalingFit:
+    """Fit a `Scaling` plate by plate; what is kept does not grow with the cells of a plate.
+
+    Parameters
+    ----------
+    features
+        Names of the p features, as selected.
+    config
+        The config's section: ``min_controls`` and ``clip``.
+    """
+
+    def __init__(self, features: Sequence[str], config: ScalingConfig) -> None:
+        self.features = tuple(features)
+        self._config = config
+        self._spreads: dict[str, _Spread] = {}
+        self._controls = KeyedSample(len(self.features), MAX_GLOBAL)
+        self._cells = KeyedSample(len(self.features), MAX_GLOBAL)
+
+    def add_plate(
+        self,
+        plate: str,
+        controls: Values,
+        keys: Words,
+        others: Values | None = None,
+        other_keys: Words | None = None,
+    ) -> None:
+        """Add one plate's training cells, all at once.
+
+        Of more than `MAX_CONTROLS` controls, those with the smallest keys are used; a caller
+        that reads a plate in blocks gathers them in a `KeyedSample` and gives its content.
+
+        Parameters
+        ----------
+        plate
+            Its name, new.
+        controls
+            Negative controls, shape (n, p), n may be 0.
+        keys
+            Their `cell_keys`, shape (n,).
+        others, other_keys
+            The plate's other training cells, or a sample of them. Needed where the screen has
+            no controls; also the last resort for features without spread in the controls.
+
+        Raises
+        ------
+        DatasetError
+            If the plate came before or the columns do not fit.
+        """
+        if plate in self._spreads:
+            raise DatasetError(f"plate {plate!r} was added twice; give all its cells at once")
+        _check_width(controls, self.features, plate)
+        sample = KeyedSample(len(self.features))
+        sample.add(keys, controls)
+        self._spreads[plate] = _spread(sample.values)
+        self._controls.add(sample.keys, sample.values)
+        self._cells.add(sample.keys, sample.values)
+        if others is not None and other_keys is not None:
+            _check_width(others, self.features, plate)
+            self._cells.add(other_keys, others)
+
+    def finish(self) -> Scaling:
+        """Return the scaling of all plates, in the order of their names.
+
+        Raises
+        ------
+        DatasetError
+            If no cell was added.
+        """
+        notes: list[str] = []
+        sample = self._controls
+        if sample.seen < self._config.min_controls:
+            sample = self._cells
+            notes.append(
+                f"{self._controls.seen} control cells in the screen, fewer than "
+                f"{self._config.min_controls}: the global scaling is that of all training cells"
+            )
+        if not len(sample.keys):
+            raise DatasetError(
+                "no cells to fit the scaling on; check split and scaling.control, or give the "
+                "other cells of each plate"
+            )
+        center, scale, note = _global_row(self.features, sample.values, self._cells.values)
+        notes += note
+        centers, scales = [], []
+        for plate in sorted(self._spreads):
+            row, width, note = _fill(
+                plate, self._spreads[plate], center, scale, self._config.min_controls
+            )
+            centers.append(row)
+            scales.append(width)
+            notes += note
+        return Scaling(
+            features=self.features,
+            plates=tuple(sorted(self._spreads)),
+            center=np.vstack([*centers, center]),
+            scale=np.vstack([*scales, scale]),
+            clip=self._config.clip,
+            min_controls=self._config.min_controls,
+            notes=tuple(notes),
+        )
+
+
+@dataclass(frozen=True)
+class _Spread:
+    """Cells, and per feature: number of finite values, median, MAD · 1.4826 (NaN without any)."""
+
+    cells: int
+    count: NDArray[np.int64]
+    median: NDArray[np.float64]
+    mad: NDArray[np.float64]
+
+
+def _spread(values: Values) -> _Spread:
+    finite = np.where(np.isfinite(values), values, np.nan).astype(np.float64)
+    count = np.isfinite(finite).sum(axis=0)
+    median = _median(finite, count)
+    return _Spread(len(values), count, median, _NORMAL * _median(np.abs(finite - median), count))
+
+
+def _median(values: NDArray[np.float64], count: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Median of each column's ``count`` values that are not NaN; NaN where there are none."""
+    if not len(values):
+        return np.full(values.shape[1], np.nan)
+    ordered = np.sort(values, axis=0)
+    columns = np.arange(values.shape[1])
+    below, above = np.maximum(count - 1, 0) // 2, np.minimum(count // 2, len(values) - 1)
+    middle: NDArray[np.float64] = (ordered[below, columns] + ordered[above, columns]) / 2
+    return middle
+
+
+def _fill(
+    plate: str,
+    spread: _Spread,
+    center: NDArray[np.float64],
+    scale: NDArray[np.float64],
+    min_controls: int,
+) -> tuple[NDArray[np.float64], NDArray[np.float64], list[str]]:
+    """Take the plate's own centre and scale where they are sound, else the global ones."""
+    known = spread.count >= min_controls
+    spreads = known & _has_spread(spread.mad, spread.median)
+    notes = []
+    if not known.any():
+        notes.append(
+            f"plate {plate}: {spread.cells} control cells, fewer than {min_controls}: "
+            "scaled by the global row"
+        )
+    return np.where(known, spread.median, center), np.where(spreads, spread.mad, scale), notes
+
+
+def _global_row(
+    features: Sequence[str], sample: Values, cells: Values
+) -> tuple[NDArray[np.float64], NDArray[np.float64], list[str]]:
+    """Median and MAD; where that is 0 the deviation, of the sample or else of all cells, else 1."""
+    spread = _spread(sample)
+    center = spread.median
+    if not spread.count.all():
+        center = np.nan_to_num(np.where(spread.count > 0, center, _spread(cells).median))
+    candidates = [spread.mad, _deviation(sample), _deviation(cells)]
+    scale = np.ones(len(features))
+    for candidate in reversed(candidates):
+        scale = np.where(_has_spread(candidate, center), candidate, scale)
+    flat = ~np.any([_has_spread(candidate, center) for candidate in candidates], axis=0)
+    notes = [
+        f"{name}: no spread in any training cell, scale 1"
+        for name in np.array(features, dtype=object)[flat]
+    ]
+    return center, scale, notes
+
+
+def _deviation(values: Values) -> NDArray[np.float64]:
+    good = np.isfinite(values)
+    count = np.maximum(good.sum(axis=0), 1)
+    numbers = values.astype(np.float64)
+    mean = np.where(good, numbers, 0).sum(axis=0) / count
+    deviation: NDArray[np.float64] = np.sqrt(
+        (np.where(good, numbers - mean, 0) ** 2).sum(axis=0) / count
+    )
+    return deviation
+
+
+def _has_spread(spread: NDArray[np.float64], center: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Tell real spread from float32 rounding, relative to the size of the values."""
+    return spread > _NO_SPREAD * np.abs(center)
+
+
+def _check_width(values: Values, features: Sequence[str], plate: str) -> None:
+    if values.ndim != 2 or values.shape[1] != len(features):
+        raise DatasetError(
+            f"plate {plate}: values of shape {values.shape}, expected (cells, {len(features)})"
+        )

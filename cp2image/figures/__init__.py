@@ -1,0 +1,1 @@
+"""Pure: numpy, pyarrow, pandas, scikit-image; no Ray, MLflow or network."""

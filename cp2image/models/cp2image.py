@@ -1,0 +1,150 @@
+"""CP2Image as published (Ji et al., MIDL 2023): generator and discriminator. Pure torch.
+
+Widths, kernels and normalisation are the paper's; the number of features and channels and the side
+of the patch are free. At 453 features, 3 channels and 68 px the generator has 439,558 parameters
+and both networks together 544,744.
+"""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrizations import spectral_norm
+
+KERNEL, WIDTH, SLOPE = 5, 32, 0.01
+_GROWTH = KERNEL - 1
+
+
+def layer_sides(patch_size: int) -> tuple[int, int, int, int]:
+    """Return the sides of the generator's four feature maps, coarse to fine.
+
+    A full 5 × 5 convolution adds 4 pixels; between two of them the map is doubled (and cropped by
+    one row and column where the side is odd).
+
+    >>> layer_sides(68)
+    (5, 14, 32, 68)
+
+    Raises
+    ------
+    ValueError
+        If the patch is too small for four layers (under 36 px).
+    """
+    sides = [patch_size]
+    for _ in range(3):
+        sides.append(-(-(sides[-1] - _GROWTH) // 2))
+    if patch_size < 36:
+        raise ValueError(f"patch_size={patch_size}: the network needs at least 36 px")
+    return sides[3], sides[2], sides[1], sides[0]
+
+
+class Generator(nn.Module):
+    """Features to patch: four full convolutions with nearest upsampling in between.
+
+    Every layer is convolution without bias, batch norm, LeakyReLU(0.01); a 1 × 1 layer of the same
+    kind ends in the channels. The output is not limited to [0, 1]: clamp it when it is written.
+
+    Parameters
+    ----------
+    features
+        Number of CellProfiler features, p.
+    channels
+        Channels of a patch.
+    patch_size
+        Side of a patch in pixels.
+    """
+
+    def __init__(self, features: int, channels: int = 3, patch_size: int = 68) -> None:
+        super().__init__()
+        self.sides = layer_sides(patch_size)
+        first = self.sides[0]
+        # A full convolution of a 1 x 1 map is a linear map onto the kernel's own grid.
+        self.linear = nn.Linear(features, WIDTH * first * first, bias=False)
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(WIDTH, WIDTH, KERNEL, padding=_GROWTH, bias=False) for _ in range(3)
+        )
+        self.norms = nn.ModuleList(nn.BatchNorm2d(WIDTH) for _ in range(4))
+        self.to_channels = nn.Conv2d(WIDTH, channels, 1, bias=False)
+        self.channel_norm = nn.BatchNorm2d(channels)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map (N, p) scaled features to (N, channels, patch_size, patch_size) intensities."""
+        first = self.sides[0]
+        x = self.linear(features).view(-1, WIDTH, first, first)
+        x = F.leaky_relu(self.norms[0](x), SLOPE)
+        for convolution, norm, side in zip(
+            self.convolutions, self.norms[1:], self.sides[1:], strict=True
+        ):
+            grid = side - _GROWTH
+            x = F.interpolate(x, scale_factor=2, mode="nearest")[..., :grid, :grid]
+            x = F.leaky_relu(norm(convolution(x)), SLOPE)
+        return F.leaky_relu(self.channel_norm(self.to_channels(x)), SLOPE)
+
+
+class LeadingBatchNorm(nn.BatchNorm2d):
+    """Batch norm whose statistics come from the leading rows of a batch only.
+
+    CP2Image's discriminator sees [real, fake, original] at once; the statistics are those of
+    [real, fake] and are applied to all three.
+    """
+
+    def forward(self, x: Tensor, leading: int | None = None) -> Tensor:  # type: ignore[override]
+        """Normalise (N, C, H, W) by the mean and variance of the first ``leading`` rows.
+
+        ``leading`` None takes all rows. In evaluation mode the running statistics are used.
+        """
+        if not self.training or leading is None or leading == len(x):
+            return super().forward(x)
+        known = x[:leading]
+        variance, mean = torch.var_mean(known, dim=(0, 2, 3), correction=0)
+        if self.track_running_stats:
+            with torch.no_grad():
+                count = known.numel() // known.shape[1]
+                rate = cast(float, self.momentum)
+                unbiased = variance * (count / max(count - 1, 1))
+                cast(Tensor, self.running_mean).lerp_(mean.to(self.weight.dtype), rate)
+                cast(Tensor, self.running_var).lerp_(unbiased.to(self.weight.dtype), rate)
+                cast(Tensor, self.num_batches_tracked).add_(1)
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        shift = self.bias - mean * scale
+        return x * scale.view(1, -1, 1, 1).to(x.dtype) + shift.view(1, -1, 1, 1).to(x.dtype)
+
+
+class Discriminator(nn.Module):
+    """Patch to logit, with the four hidden layers that L_H compares.
+
+    Valid 5 × 5 convolutions with spectral norm (one power iteration), batch norm, 2 × 2 max
+    pooling, LeakyReLU(0.01); the fourth convolution covers what is left of the patch (5 × 5 at
+    68 px); a 1 × 1 convolution with batch norm gives the logit.
+    """
+
+    def __init__(self, channels: int = 3, patch_size: int = 68) -> None:
+        super().__init__()
+        last = layer_sides(patch_size)[0]
+        shapes = [(channels, WIDTH, KERNEL)] + [(WIDTH, WIDTH, KERNEL)] * 2
+        shapes += [(WIDTH, 2 * WIDTH, last), (2 * WIDTH, 1, 1)]
+        self.convolutions = nn.ModuleList(
+            spectral_norm(nn.Conv2d(i, o, kernel, bias=False)) for i, o, kernel in shapes
+        )
+        self.norms = nn.ModuleList(LeadingBatchNorm(o) for _, o, _ in shapes)
+
+    def forward(self, patches: Tensor, leading: int | None = None) -> tuple[list[Tensor], Tensor]:
+        """Return the four hidden layers, each (N, c, h, w), and the logits, (N,).
+
+        Parameters
+        ----------
+        patches
+            Normalised patches, (N, channels, patch_size, patch_size).
+        leading
+            Rows whose statistics batch norm uses, see `LeadingBatchNorm`.
+        """
+        hidden = []
+        x = patches
+        for layer in range(4):
+            x = self.norms[layer](self.convolutions[layer](x), leading)
+            if layer < 3:
+                x = F.max_pool2d(x, 2, ceil_mode=True)
+            x = F.leaky_relu(x, SLOPE)
+            hidden.append(x)
+        logits = self.norms[4](self.convolutions[4](x), leading)
+        return hidden, logits.flatten()

@@ -1,0 +1,52 @@
+"""CP2Image's losses and schedule (Ji et al., MIDL 2023, section 2). Pure torch."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def pixel_loss(original: Tensor, generated: Tensor) -> Tensor:
+    """Return L_MSE = ½ Σ (x_orig − x_gen)², summed per patch, mean over the batch."""
+    return 0.5 * (original - generated).square().sum() / len(original)
+
+
+def hidden_losses(
+    original: Sequence[Tensor], generated: Sequence[Tensor], values_per_patch: int
+) -> Tensor:
+    """Return L_H,i = ½ · values · mean (h_i(x_orig) − h_i(x_gen))² for each layer.
+
+    Parameters
+    ----------
+    original, generated
+        The discriminator's hidden layers, each (N, c, h, w).
+    values_per_patch
+        Channels × height × width of a patch: brings the layers to the scale of `pixel_loss`.
+
+    Returns
+    -------
+    Tensor
+        One loss per layer, shape (layers,).
+    """
+    terms = [(o - g).square().mean() for o, g in zip(original, generated, strict=True)]
+    return 0.5 * values_per_patch * torch.stack(terms)
+
+
+def gamma_at(step: int, final: Sequence[float], ramp: int = 2500) -> list[float]:
+    """Return γ_i(t) = γ_i · clip((t − ramp·i) / ramp, 0, 1) for i = 1 … len(final).
+
+    With the paper's ramp of 2,500 steps all weights are final from step 12,500.
+
+    >>> gamma_at(3750, (1, 1, 1, 1))
+    [0.5, 0.0, 0.0, 0.0]
+    """
+    return [
+        weight * min(max((step - ramp * i) / ramp, 0.0), 1.0)
+        for i, weight in enumerate(final, start=1)
+    ]
+
+
+def discriminator_loss(real: Tensor, generated: Tensor) -> Tensor:
+    """Return L_Dis = −log D(x_real) − log(1 − D(x_gen)) from logits, mean over the batch."""
+    return F.softplus(-real).mean() + F.softplus(generated).mean()

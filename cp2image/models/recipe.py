@@ -1,0 +1,188 @@
+"""Recipes: networks, their optimisers and one training step. Pure torch; one recipe per preset.
+
+A recipe knows nothing of Ray: the loop that owns the data and the ranks calls `step`, and passes
+in how gradients are averaged over ranks.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from cp2image.models.cp2image import Discriminator, Generator
+from cp2image.models.losses import discriminator_loss, gamma_at, hidden_losses, pixel_loss
+
+Average = Callable[[Sequence[Tensor]], None]
+"""Replaces gradients by their mean over all ranks, in place."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's cells.
+
+    Attributes
+    ----------
+    original
+        Normalised patches whose features are given, (N, C, H, W).
+    features
+        Their scaled features, (N, p).
+    real
+        A second, independent draw of patches, (N, C, H, W).
+    """
+
+    original: Tensor
+    features: Tensor
+    real: Tensor
+
+
+class Recipe(Protocol):
+    """What training, checkpoints and generation need of a model."""
+
+    generator: nn.Module
+
+    def step(self, batch: Batch, step: int, average: Average) -> dict[str, Tensor]:
+        """Train on one batch; return named losses as scalars."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Return everything that resuming needs, flat, by name."""
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take back what `state` returned."""
+
+
+@dataclass(frozen=True)
+class OptimiserSetting:
+    """Learning rates of generator (Adam) and discriminator (SGD, momentum 0.9)."""
+
+    generator: float
+    discriminator: float
+
+
+OPTIMISERS = {
+    "as_run": OptimiserSetting(generator=0.01, discriminator=0.001),
+    "as_named": OptimiserSetting(generator=0.001, discriminator=0.01),
+}
+"""The authors' code swaps the names of its two learning rates: what it runs, what it names."""
+
+
+class PaperRecipe:
+    """CP2Image as published: L_MSE + Σ γ_i L_H,i for the generator, L_Dis for the discriminator.
+
+    Both gradients come from one discriminator pass over [real, generated, original]; all kernels
+    shrink by ``1e-4`` each step.
+
+    Parameters
+    ----------
+    features, channels, patch_size
+        Size of the networks.
+    setting
+        Learning rates.
+    gamma, gamma_ramp
+        Final γ_1 … γ_4 and the ramp in steps, see `gamma_at`.
+    bf16
+        Run both networks under bfloat16 autocast.
+    """
+
+    decay = 1e-4
+
+    def __init__(
+        self,
+        features: int,
+        channels: int,
+        patch_size: int,
+        setting: OptimiserSetting = OPTIMISERS["as_run"],
+        gamma: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+        gamma_ramp: int = 2500,
+        bf16: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.generator: nn.Module = Generator(features, channels, patch_size).to(device)
+        self.discriminator = Discriminator(channels, patch_size).to(device)
+        if torch.device(device).type == "cpu":
+            self.generator.to(memory_format=torch.channels_last)
+            self.discriminator.to(memory_format=torch.channels_last)
+        self.gamma, self.gamma_ramp, self.bf16 = tuple(gamma), gamma_ramp, bf16
+        self._values = channels * patch_size * patch_size
+        self._device = torch.device(device).type
+        self._g = list(self.generator.parameters())
+        self._d = list(self.discriminator.parameters())
+        self._kernels = [p for p in self._g + self._d if p.ndim > 1]
+        self.generator_optimiser = torch.optim.Adam(
+            self._g, lr=setting.generator, betas=(0.9, 0.999), eps=1e-7
+        )
+        self.discriminator_optimiser = torch.optim.SGD(
+            self._d, lr=setting.discriminator, momentum=0.9
+        )
+
+    def step(self, batch: Batch, step: int, average: Average) -> dict[str, Tensor]:
+        """Train both networks on one batch."""
+        self.generator.train()
+        self.discriminator.train()
+        count = len(batch.original)
+        with torch.autocast(self._device, dtype=torch.bfloat16, enabled=self.bf16):
+            generated = self.generator(batch.features)
+            patches = torch.cat([batch.real, generated, batch.original])
+            hidden, logits = self.discriminator(patches, leading=2 * count)
+        logits = logits.float()
+        pixel = pixel_loss(batch.original, generated.float())
+        layers = hidden_losses(
+            [h[2 * count :].float() for h in hidden],
+            [h[count : 2 * count].float() for h in hidden],
+            self._values,
+        )
+        gamma = layers.new_tensor(gamma_at(step, self.gamma, self.gamma_ramp))
+        total = pixel + (gamma * layers).sum()
+        adversary = discriminator_loss(logits[:count], logits[count : 2 * count])
+        to_generator = torch.autograd.grad(total, self._g, retain_graph=True)
+        to_discriminator = torch.autograd.grad(adversary, self._d)
+        average([*to_generator, *to_discriminator])
+        for parameters, gradients, optimiser in (
+            (self._g, to_generator, self.generator_optimiser),
+            (self._d, to_discriminator, self.discriminator_optimiser),
+        ):
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            torch._foreach_mul_(self._kernels, 1 - self.decay)
+        losses = {f"L_H{i}": layer.detach() for i, layer in enumerate(layers, start=1)}
+        return {
+            "L_MSE": pixel.detach(),
+            **losses,
+            "L_generator": total.detach(),
+            "L_Dis": adversary.detach(),
+        }
+
+    def state(self) -> dict[str, Tensor]:
+        """Return networks and optimisers, flat."""
+        found = {f"generator.{k}": v for k, v in self.generator.state_dict().items()}
+        found |= {f"discriminator.{k}": v for k, v in self.discriminator.state_dict().items()}
+        for name, optimiser in self._optimisers().items():
+            for i, entry in optimiser.state_dict()["state"].items():
+                found |= {f"{name}.{i}.{k}": v for k, v in entry.items() if v is not None}
+        return found
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take back networks and optimisers."""
+        self.generator.load_state_dict(part_of(state, "generator"))
+        self.discriminator.load_state_dict(part_of(state, "discriminator"))
+        for name, optimiser in self._optimisers().items():
+            entries: dict[int, dict[str, Tensor]] = {}
+            for key, value in part_of(state, name).items():
+                index, _, field = key.partition(".")
+                entries.setdefault(int(index), {})[field] = value
+            optimiser.load_state_dict({**optimiser.state_dict(), "state": entries})
+
+    def _optimisers(self) -> dict[str, torch.optim.Optimizer]:
+        return {
+            "generator_optimiser": self.generator_optimiser,
+            "discriminator_optimiser": self.discriminator_optimiser,
+        }
+
+
+def part_of(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Return the entries of a flat state under ``name.``, without the prefix."""
+    return {k[len(name) + 1 :]: v for k, v in state.items() if k.startswith(f"{name}.")}

@@ -1,0 +1,151 @@
+"""What a dataset's features need before a model: splits, selection, scaling. Floor: beside dataset.
+
+Everything streams plate by plate; what is kept does not grow with the number of cells.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from cp2image.columns import measurements
+from cp2image.config import Config
+from cp2image.data.identity import cell_keys, treatment_names
+from cp2image.data.intensity import Intensity, IntensityFit
+from cp2image.data.scaling import KeyedSample, Scaling, ScalingFit, is_control
+from cp2image.data.schema import PATCH, decode_features, decode_metadata, decode_patches
+from cp2image.data.selection import FeatureStatistics, Selection, select_features
+from cp2image.data.splits import Splits, fit_splits
+from cp2image.dataset import CellDataset
+from cp2image.errors import DatasetError
+
+_OTHERS = 1_000
+"""Cells per plate, other than controls, that the global scaling may fall back on."""
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What training learns about a table before it starts.
+
+    Attributes
+    ----------
+    splits, selection, scaling, intensity
+        See their modules; the scaling's features are the selected ones.
+    treatments
+        Names of the treatments in the training split, sorted.
+    counts
+        Cells per split.
+    """
+
+    splits: Splits
+    selection: Selection
+    scaling: Scaling
+    intensity: Intensity
+    treatments: tuple[str, ...]
+    counts: dict[str, int]
+
+
+def prepare_profiles(dataset: CellDataset, config: Config) -> Preparation:
+    """Split the cells, select features and fit their scaling on the training split.
+
+    Raises
+    ------
+    DatasetError
+        If the dataset has no measurements or no cell is left to train on.
+    """
+    names = [column.name for column in measurements(dataset.features)]
+    if not names:
+        raise DatasetError(
+            f"{dataset.uri}: has patches but no CellProfiler features; run jobs/measure.py on it "
+            "and train on what that writes"
+        )
+    splits, treatments, counts = _split(dataset, config)
+    statistics = FeatureStatistics(len(names))
+    fit = ScalingFit(names, config.scaling)
+    held_out: dict[str, KeyedSample] = {}
+    for plate in sorted(dataset.manifests):
+        controls = KeyedSample(len(names))
+        others = KeyedSample(len(names), _OTHERS)
+        all_controls = KeyedSample(len(names))
+        for table in dataset.read([*dataset.metadata, *names], [plate]):
+            metadata, values = decode_metadata(table), decode_features(table, names)
+            keys, control = cell_keys(metadata), is_control(metadata, config.scaling.control)
+            train = splits.of(metadata) == "train"
+            all_controls.add(keys[control], values[control])
+            controls.add(keys[train & control], values[train & control])
+            others.add(keys[train & ~control], values[train & ~control])
+            statistics.add(values[train])
+        if others.seen or controls.seen:
+            fit.add_plate(plate, controls.values, controls.keys, others.values, others.keys)
+        else:
+            held_out[plate] = all_controls
+    selection = select_features(names, statistics, config.scaling)
+    scaling = fit.finish()
+    for plate, sample in held_out.items():
+        if sample.seen >= config.scaling.min_controls:
+            scaling = scaling.with_plate(plate, sample.values)
+    kept = [names.index(name) for name in selection.kept]
+    gone = tuple(f"{name}:" for name in selection.dropped)
+    scaling = replace(
+        scaling,
+        features=selection.kept,
+        center=scaling.center[:, kept],
+        scale=scaling.scale[:, kept],
+        notes=tuple(note for note in scaling.notes if not note.startswith(gone)),
+    )
+    intensity = _fit_intensity(dataset, splits, config.train.normalisation)
+    return Preparation(splits, selection, scaling, intensity, treatments, counts)
+
+
+def _split(
+    dataset: CellDataset, config: Config
+) -> tuple[Splits, tuple[str, ...], dict[str, int]]:
+    frames = [decode_metadata(table) for table in dataset.read(dataset.metadata)]
+    metadata = pd.concat(frames, ignore_index=True)
+    splits = fit_splits(metadata, config.split, config.run.seed)
+    parts = splits.of(metadata)
+    names, counts = np.unique(parts.astype(str), return_counts=True)
+    treatments = np.unique(treatment_names(metadata[parts == "train"]).astype(str))
+    return splits, tuple(treatments), dict(zip(names.tolist(), counts.tolist(), strict=True))
+
+
+def _fit_intensity(dataset: CellDataset, splits: Splits, kind: str) -> Intensity:
+    if kind == "per_patch_max":
+        return Intensity(kind)
+    shape = dataset.patch_format
+    fit = IntensityFit(len(shape.channels))
+    for plate in sorted(dataset.manifests):
+        trains = False
+        for chosen in ("train", None):  # a plate held out whole is normalised by its own pixels
+            if chosen is None and trains:
+                break
+            for table in dataset.read([*dataset.metadata, PATCH], [plate]):
+                patches = decode_patches(table, shape)
+                if chosen is not None:
+                    patches = patches[splits.of(decode_metadata(table)) == chosen]
+                if len(patches):
+                    fit.add(plate, patches, shape.full_scale)
+                    trains = True
+    return fit.finish()
+
+
+def extend_scaling(scaling: Scaling, controls: dict[str, Any]) -> Scaling:
+    """Add the plates a scaling does not know, from their own control cells.
+
+    Parameters
+    ----------
+    scaling
+        A checkpoint's.
+    controls
+        Plate → values of its control cells, (n, p) in the scaling's order.
+
+    Returns
+    -------
+    Scaling
+        With a row for every new plate that has at least ``min_controls`` controls.
+    """
+    for plate, values in sorted(controls.items()):
+        if plate not in scaling.plates and len(values) >= scaling.min_controls:
+            scaling = scaling.with_plate(plate, values)
+    return scaling

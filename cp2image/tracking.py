@@ -1,0 +1,216 @@
+"""MLflow: parameters, metrics, pictures, models. Floor: above config; only rank 0 talks to it."""
+
+import logging
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from cp2image.columns import PLATE
+from cp2image.config import Config, local_folder
+from cp2image.errors import StorageError
+from cp2image.storage import list_files, name_of, read_bytes
+
+if TYPE_CHECKING:
+    from cp2image.checkpoint import Model
+
+
+class Recorder(Protocol):
+    """One run that a job records into."""
+
+    run_id: str
+
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        """Record numbers."""
+
+    def picture(self, figure: Figure, name: str) -> None:
+        """Record a picture under ``name`` (with .png)."""
+
+    def folder(self, uri: str, name: str) -> None:
+        """Record every file of a folder."""
+
+
+class NoRecorder:
+    """The twin that records nothing: other ranks, tests, ``tracking.enabled: false``."""
+
+    run_id = ""
+
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        """Do nothing."""
+
+    def picture(self, figure: Figure, name: str) -> None:
+        """Do nothing."""
+
+    def folder(self, uri: str, name: str) -> None:
+        """Do nothing."""
+
+
+@dataclass
+class MlflowRecorder:
+    """Records into one MLflow run; picklable, so a training worker can go on with it."""
+
+    tracking_uri: str
+    run_id: str
+
+    def _client(self) -> Any:
+        from mlflow import MlflowClient
+
+        return MlflowClient(self.tracking_uri)
+
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        """Record numbers in one request; NaN is left out, since not every store takes it."""
+        import time
+
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        batch = [Metric(k, float(v), now, step) for k, v in values.items() if v == v]
+        for start in range(0, len(batch), 900):
+            self._client().log_batch(self.run_id, metrics=batch[start : start + 900])
+
+    def picture(self, figure: Figure, name: str) -> None:
+        """Record a picture."""
+        self._client().log_figure(self.run_id, figure, name)
+
+    def folder(self, uri: str, name: str) -> None:
+        """Record every file of a folder, wherever it is."""
+        with tempfile.TemporaryDirectory() as scratch:
+            for file in list_files(uri):
+                target = Path(scratch, file[len(uri.rstrip("/")) + 1 :])
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(read_bytes(file))
+            self._client().log_artifacts(self.run_id, scratch, name)
+
+
+def tracking_uri(config: Config) -> str:
+    """Return the MLflow store of an experiment: configured, from the environment, or sqlite."""
+    chosen = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if chosen:
+        return chosen
+    folder = local_folder(config.run.folder) or Path.cwd()
+    return f"sqlite:///{folder.absolute()}/mlflow.db"
+
+
+@contextmanager
+def record(config: Config, step: str, run_id: str = "") -> Iterator[Recorder]:
+    """Open a run for one step of an experiment, with its resolved config as parameters.
+
+    An interrupted run goes on under its ``run_id``. The run ends as FINISHED, or FAILED when the block raises.
+
+    Raises
+    ------
+    StorageError
+        If the MLflow store cannot be reached.
+    """
+    if not config.tracking.enabled:
+        yield NoRecorder()
+        return
+    import mlflow
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    uri = tracking_uri(config)
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    if uri.startswith("sqlite:///"):
+        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    mlflow.set_tracking_uri(uri)
+    client = MlflowClient(uri)
+    try:
+        found = client.get_experiment_by_name(config.tracking.experiment)
+        artifacts = None
+        if uri.startswith("sqlite:///"):
+            artifacts = (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri()
+        experiment = (
+            found.experiment_id
+            if found
+            else client.create_experiment(config.tracking.experiment, artifact_location=artifacts)
+        )
+        tags = {"cp2image.step": step, "mlflow.runName": f"{config.run.name}-{step}"}
+        run = _existing(client, run_id) or client.create_run(experiment, tags=tags)
+    except (MlflowException, OSError) as error:
+        raise StorageError(
+            f"MLflow at {_without_secret(uri)} does not answer: {error}; check MLFLOW_TRACKING_URI, "
+            "user and password, or set tracking.enabled=false"
+        ) from error
+    recorder = MlflowRecorder(uri, run.info.run_id)
+    if recorder.run_id != run_id:
+        _log_parameters(client, recorder.run_id, config, step)
+    try:
+        yield recorder
+    except BaseException:
+        client.set_terminated(recorder.run_id, "FAILED")
+        raise
+    client.set_terminated(recorder.run_id, "FINISHED")
+
+
+def _existing(client: Any, run_id: str) -> Any:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_run(run_id) if run_id else None
+    except MlflowException:  # the store was changed or emptied meanwhile
+        return None
+
+
+def _without_secret(uri: str) -> str:
+    scheme, separator, rest = uri.partition("://")
+    return f"{scheme}{separator}{rest.rpartition('@')[2]}"
+
+
+def _log_parameters(client: Any, run_id: str, config: Config, step: str) -> None:
+    from mlflow.entities import Param
+
+    wanted = {"run", step} | ({"split", "scaling"} if step == "train" else set())
+    params = [
+        Param(f"{section}.{key}", str(value)[:500])
+        for section, values in config.model_dump(mode="json").items()
+        if section in wanted
+        for key, value in values.items()
+    ]
+    client.log_batch(run_id, params=params)
+    client.log_text(run_id, config.yaml(), "config.yaml")
+
+
+def log_model(recorder: Recorder, config: Config, model: "Model") -> None:
+    """Log a checkpoint as an MLflow pyfunc with a signature; register it if configured.
+
+    The model is logged as data plus the name of this package's loader: nothing is pickled, so
+    loading it executes no code but cp2image's own.
+    """
+    if not isinstance(recorder, MlflowRecorder):
+        return
+    import mlflow
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, Schema, TensorSpec
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch, "checkpoint")
+        folder.mkdir()
+        uri = config.train.output.rstrip("/")
+        for file in list_files(uri, recursive=False):
+            (folder / name_of(file)).write_bytes(read_bytes(file))
+        columns = [ColSpec(DataType.double, name) for name in model.features]
+        columns.append(ColSpec(DataType.string, PLATE, required=False))
+        shape = (-1, *model.patch_format.shape)
+        signature = ModelSignature(
+            Schema(columns), Schema([TensorSpec(np.dtype("uint8"), shape, "patches")])
+        )
+        mlflow.set_tracking_uri(recorder.tracking_uri)
+        with mlflow.start_run(run_id=recorder.run_id):
+            mlflow.pyfunc.log_model(
+                name="model",
+                loader_module="cp2image.serving",
+                data_path=str(folder),
+                signature=signature,
+                pip_requirements=[f"cp2image=={version('cp2image')}"],
+                registered_model_name=config.tracking.register_as,
+            )

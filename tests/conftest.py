@@ -1,0 +1,32 @@
+"""Fixtures for every test: the shared real data, a private home, one Ray for the session."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data beside the checkout; the test skips, saying so, without it."""
+    if not (SHARED_DATA / "README.md").exists():
+        pytest.skip("real data is not present (../shared/data)")
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def ray_session(tmp_path_factory):
+    """One local Ray with 4 logical CPUs, shared by all tests that need it."""
+    ray = pytest.importorskip("ray")
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    ray.init(
+        address="local",
+        num_cpus=4,
+        object_store_memory=400_000_000,
+        logging_level="warning",
+        log_to_driver=False,
+    )
+    yield ray
+    ray.shutdown()
