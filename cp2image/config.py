@@ -1,38 +1,61 @@
-"""One YAML per experiment, strict: sections named after the steps. Ground floor: pydantic only.
+"""One YAML per experiment, strict: sections named after the steps. Ground floor: pydantic.
 
 An unknown key is refused with the nearest known one; ``resolve`` fills the URIs of datasets and
 checkpoints from ``run.folder``, so that the steps of one experiment find each other.
 """
 
 import json
+import re
+from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
-from cp2image.columns import CATEGORIES, nearest
+from cp2image.columns import CATEGORIES, Category, nearest
+from cp2image.config_errors import explain
 from cp2image.errors import ConfigError
-from cp2image.storage import join, read_bytes
+from cp2image.storage import filesystem, join, read_bytes
+from cp2image.yaml_dialect import dump_yaml, load_yaml
 
-Positive = Annotated[int, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
+
+def _refuse_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("expected a number")
+    return value
+
+
+Count = Annotated[int, Field(ge=0), BeforeValidator(_refuse_bool)]
+Positive = Annotated[int, Field(gt=0), BeforeValidator(_refuse_bool)]
+Amount = Annotated[float, Field(gt=0), BeforeValidator(_refuse_bool)]
+Share = Annotated[float, Field(ge=0, le=1), BeforeValidator(_refuse_bool)]
+Name = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
 
 
 class Section(BaseModel):
     """A part of the config that refuses unknown keys and is never changed after reading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True
+    )
 
 
 class Run(Section):
     """What the experiment is called and where its outputs go."""
 
-    name: str = "cp2image"
-    folder: str = "runs/cp2image"
+    name: Name = "cp2image"
+    folder: Name = "runs/cp2image"
     """Folder or ``s3://`` prefix below which every step writes, unless it names its own."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Annotated[Count, Field(lt=2**63)] = 0
 
 
 class Cluster(Section):
@@ -42,11 +65,11 @@ class Cluster(Section):
     """None: the cluster named by RAY_ADDRESS (set under ``ray job submit``), else a local one."""
     cpus: Positive | None = None
     """CPUs of a local Ray; None: all of the machine."""
-    cpus_per_task: Annotated[float, Field(gt=0)] = 1.0
+    cpus_per_task: Amount = 1.0
     tasks: Positive | None = None
     """Most tasks or actors at once; None: as many as the CPUs allow."""
     cells_per_task: Positive = 1024
-    retries: Annotated[int, Field(ge=0)] = 2
+    retries: Count = 2
     """Further attempts at a block of cells that failed, before its plate is given up."""
 
 
@@ -56,9 +79,11 @@ class Simulate(Section):
     output: str = ""
     plates: Positive = 3
     wells_per_plate: Positive = 24
-    sites_per_well: Positive = 2
-    cells_per_site: Positive = 12
-    field_size: Positive = 512
+    sites_per_well: Positive = 1
+    cells_per_site: Positive = 40
+    field_size: Positive = 352
+    defect_share: Share = 0.02
+    """Share of fields that are noise or out of focus."""
 
 
 class Stacks(Section):
@@ -80,6 +105,16 @@ class Quality(Section):
     ]
 
 
+class MetadataFile(Section):
+    """A CSV with more about the image sets: plate layout, mechanisms of action."""
+
+    uri: str
+    on: list[str]
+    """Canonical names that file and table share, as ``[Metadata_Plate, Metadata_Well]``."""
+    columns: dict[str, str] = {}
+    """Canonical name → the file's column, where it is not one of the usual variants."""
+
+
 class Prepare(Section):
     """CellProfiler tables and fields of view, or ready-made stacks, to ``cells/``."""
 
@@ -87,18 +122,24 @@ class Prepare(Section):
     """Each an ExportToSpreadsheet folder, an SQLite file, or Parquet/CSV with a row per cell."""
     metadata: dict[str, str] = {}
     """Canonical name → the table's column, where it is not one of the usual variants."""
-    metadata_files: list[str] = []
-    """CSVs joined on the columns they share with the table (plate layout, MOA list)."""
+    metadata_files: list[MetadataFile] = []
     images: str | None = None
-    """Folder that the file names of the images are relative to; None: as the table says."""
+    """Folder of the images: below it a relative folder of the table is kept, an absolute one
+    (of the machine CellProfiler ran on) is replaced by it. None: as the table says."""
+    image_folders: dict[str, str] = {}
+    """Start of a folder in the table → start of the real one; goes before ``images``."""
+    nuclei: str = "Nuclei"
+    """The compartment whose centre a patch is cut around."""
     channels: dict[str, str] = {}
     """Channel name → image name in the table's ``FileName_<image>``, in patch order."""
     stacks: Stacks | None = None
-    patch_size: Annotated[int, Field(ge=16, le=512)] = 68
+    patch_size: Annotated[Positive, Field(ge=16, le=512)] = 68
     """Pixels."""
     border: Literal["pad", "drop"] = "pad"
     illumination: bool = False
     """Correct each plate and channel by its own illumination function (Singh et al. 2014)."""
+    bit_depth: Annotated[int, Field(ge=8, le=32)] | None = None
+    """Bits of the camera, where they are the lower ones of a wider file (12 for 0…4095)."""
     quality: Quality = Quality()
     output: str = ""
 
@@ -126,6 +167,15 @@ class Split(Section):
     test_plates: list[str] = []
     """Plates named here are held out whole; the shares then apply to the others."""
 
+    @model_validator(mode="after")
+    def _leave_some_to_train(self) -> "Split":
+        if self.validation + self.test >= 1:
+            raise ValueError("validation and test together must be less than 1")
+        both = sorted(set(self.validation_plates) & set(self.test_plates))
+        if both:
+            raise ValueError(f"plate {both[0]!r} is in both validation_plates and test_plates")
+        return self
+
 
 class Scaling(Section):
     """Feature selection and per-plate scaling against the negative control."""
@@ -133,11 +183,11 @@ class Scaling(Section):
     control: dict[str, str] = {"Metadata_Compound": "DMSO"}
     min_controls: Positive = 25
     """A plate with fewer control cells is scaled by all plates' controls together."""
-    clip: Annotated[float, Field(gt=0)] = 5.0
+    clip: Amount = 5.0
     """Scaled features are limited to ± this many robust standard deviations."""
     max_missing: Share = 0.05
     """A feature missing in a larger share of the training cells is left out."""
-    categories: list[str] = [c for c in CATEGORIES if c != "Location"]
+    categories: list[Category] = [c for c in CATEGORIES if c != "Location"]
     drop: list[str] = []
     """Further columns to leave out, by name."""
 
@@ -150,14 +200,14 @@ class Train(Section):
     preset: Literal["paper"] = "paper"
     optimiser: Literal["as_run", "as_named"] = "as_run"
     """The authors' code swaps two learning-rate names; ``as_run`` is what it executes."""
-    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    learning_rate: Amount | None = None
     """Of the generator; None: the optimiser setting's own."""
     gamma: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
     """Final weights γ₁…γ₄ of the hidden-layer losses."""
     gamma_ramp: Positive = 2500
     """Steps: γᵢ rises from 0 at ``gamma_ramp·i`` to its final value at ``gamma_ramp·(i+1)``."""
     steps: Positive = 680_000
-    minutes: Annotated[float, Field(gt=0)] | None = None
+    minutes: Amount | None = None
     """Stop after this many minutes of training even if ``steps`` are not reached."""
     batch_size: Positive | None = None
     """Cells per step over all workers; None: one of each treatment, the paper's 104."""
@@ -167,7 +217,7 @@ class Train(Section):
     """Torch threads per worker; None: the CPUs divided by the workers."""
     gpu: bool = False
     bf16: bool = False
-    max_failures: Annotated[int, Field(ge=0)] = 3
+    max_failures: Count = 3
     validate_every: Positive = 1000
     validation_cells: Positive = 1000
     checkpoint_every: Positive = 1000
@@ -263,13 +313,26 @@ class Config(Section):
 
     def yaml(self) -> str:
         """Return the whole config, defaults included, as YAML that `read_config` reads back."""
-        text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        return text
+        return dump_yaml(self.model_dump(mode="json"))
 
-    def fingerprint(self, *sections: str) -> str:
-        """Return a short hash of some sections: tells outputs of other settings apart."""
+    def fingerprint(self, *sections: str, inputs: Sequence[str] = ()) -> str:
+        """Return a short hash that tells outputs of other settings or inputs apart.
+
+        Where outputs are written does not count; ``inputs`` are whatever identifies the data.
+
+        Raises
+        ------
+        ConfigError
+            If a section is not known.
+        """
         chosen = self.model_dump(mode="json", include=set(sections))
-        return sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
+        for section in sections:
+            if section not in chosen:
+                known = list(Config.model_fields)
+                raise ConfigError(f"no section {section!r} in a config{nearest(section, known)}")
+            chosen[section].pop("output", None)
+        text = json.dumps([chosen, sorted(inputs)], sort_keys=True)
+        return sha256(text.encode()).hexdigest()[:16]
 
 
 def read_config(uri: str | None, overrides: list[str] | None = None) -> Config:
@@ -286,68 +349,79 @@ def read_config(uri: str | None, overrides: list[str] | None = None) -> Config:
     ------
     ConfigError
         Naming the key or the line, what was found and what was expected.
+    StorageError
+        If the file cannot be read.
     """
     where = uri or "the defaults"
-    data: Any = {}
-    if uri is not None:
-        try:
-            data = yaml.safe_load(read_bytes(uri).decode()) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{uri}: not YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(data, dict):
-            raise ConfigError(f"{uri}: expected sections such as 'train:', found {data!r:.60}")
+    if overrides:
+        where += " with --set"
+    data = {} if uri is None else _read_sections(uri)
     for override in overrides or []:
         _override(data, override)
+    _refuse_credentials(data, where)
+    sections = {
+        key: {} if value is None and key in Config.model_fields else value
+        for key, value in data.items()
+    }
     try:
-        return Config.model_validate(data).resolve()
+        return Config.model_validate(sections).resolve()
     except ValidationError as error:
-        raise ConfigError(f"{where}: {_explain(error)}") from error
+        raise ConfigError(f"{where}: {explain(error, Config)}") from error
+
+
+def _read_sections(uri: str) -> dict[str, Any]:
+    try:
+        data = load_yaml(read_bytes(uri).decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{uri}: not text in UTF-8 ({error}); save it as UTF-8") from error
+    except ValueError as error:
+        raise ConfigError(f"{uri}: not YAML: {error}") from error
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        found = f"{data!r:.60}"
+        raise ConfigError(f"{uri}: expected sections such as 'train:', found {found}")
+    return data
 
 
 def _override(data: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
-    if not equals or not all(keys):
-        raise ConfigError(f"--set {override}: expected section.key=value, as train.steps=500")
-    node = data
-    for key in keys[:-1]:
+    if not equals or not all(keys) or len(keys) < 2:
+        raise ConfigError(f"--set {path}: expected section.key=value, as train.steps=500")
+    node: Any = data
+    for depth, key in enumerate(keys[:-1], start=1):
         if node.get(key) is None:
             node[key] = {}
         node = node[key]
         if not isinstance(node, dict):
-            raise ConfigError(f"--set {override}: {key!r} holds a value, not keys")
+            raise ConfigError(f"--set {path}: {'.'.join(keys[:depth])!r} holds a value, not keys")
     try:
-        node[keys[-1]] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: the value is not YAML") from error
+        node[keys[-1]] = load_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"--set {path}: the value is not YAML: {error}") from error
 
 
-def _explain(error: ValidationError) -> str:
-    lines = []
-    for problem in error.errors():
-        path = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            known = _keys_at(problem["loc"][:-1])
-            lines.append(f"unknown key {path!r}{nearest(str(problem['loc'][-1]), known)}")
-        else:
-            lines.append(f"{path} = {problem.get('input')!r:.80}: {problem['msg'].lower()}")
-    return "; ".join(lines)
+_CREDENTIALS = re.compile(r"s3://(?!anonymous@)[^/]*[:@]|://[^/@\s]+:[^/@\s]+@")
 
 
-def _keys_at(path: tuple[int | str, ...]) -> list[str]:
-    model: Any = Config
-    for part in path:
-        field = model.model_fields.get(part) if hasattr(model, "model_fields") else None
-        annotation = field.annotation if field is not None else None
-        options = getattr(annotation, "__args__", (annotation,))
-        model = next((o for o in options if isinstance(o, type) and issubclass(o, Section)), None)
-        if model is None:
-            return []
-    return list(model.model_fields)
+def _refuse_credentials(data: Any, where: str) -> None:
+    for path, text in _texts(data):
+        if _CREDENTIALS.search(text):
+            raise ConfigError(
+                f"{where}: {path} holds credentials in a URI; the config is logged and stored. "
+                "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or MLFLOW_TRACKING_URI) instead"
+            )
+
+
+def _texts(node: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(node, str):
+        yield path, node
+    elif isinstance(node, dict | list):
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from _texts(value, f"{path}.{key}".lstrip("."))
 
 
 def local_folder(uri: str) -> Path | None:
-    """Return ``uri`` as a local path, or None when it is on object storage."""
-    if "://" not in uri:
-        return Path(uri).expanduser().absolute()
-    return Path(uri.removeprefix("file://")) if uri.startswith("file://") else None
+    """Return ``uri`` as an absolute local path, or None when it is on object storage."""
+    return None if uri.startswith("s3://") else Path(filesystem(uri)[1])

@@ -10,7 +10,7 @@ bytes again, so faults can neither lose nor double a cell.
 import json
 import traceback
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -157,6 +157,7 @@ def publish(
     *,
     label: str,
     gpus_per_task: float = 0.0,
+    left_out: Mapping[str, Mapping[str, int]] | None = None,
 ) -> Publication:
     """Run ``factory()`` on every unit of every unpublished plate and publish plate by plate.
 
@@ -174,6 +175,10 @@ def publish(
         Tells outputs of other settings apart.
     label
         Shown on the progress bar.
+    gpus_per_task
+        Share of a GPU that each actor takes.
+    left_out
+        Plate → reason → cells that were left out before the units were cut; they are counted.
 
     Raises
     ------
@@ -198,7 +203,8 @@ def publish(
     write_bytes(join(uri, "_config.yaml"), config.yaml().encode())
     failed: dict[str, str] = {}
     if work:
-        fresh, failed = _run(uri, folder, work, factory, config.cluster, fingerprint, label, gpus_per_task)
+        job = _Job(uri, folder, fingerprint, label, gpus_per_task, left_out or {})
+        fresh, failed = _run(job, work, factory, config.cluster)
         accounts |= fresh
     result = Publication(uri, accounts, skipped)
     account = {"totals": result.totals, "plates": accounts, "failed": failed}
@@ -215,15 +221,20 @@ def publish(
     return result
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What the parts of one publication share."""
+
+    uri: str
+    folder: str
+    fingerprint: str
+    label: str
+    gpus: float
+    left_out: Mapping[str, Mapping[str, int]]
+
+
 def _run(
-    uri: str,
-    folder: str,
-    work: list[Unit],
-    factory: Callable[[], Process],
-    cluster: Cluster,
-    fingerprint: str,
-    label: str,
-    gpus: float,
+    job: _Job, work: list[Unit], factory: Callable[[], Process], cluster: Cluster
 ) -> tuple[dict[str, dict[str, int]], dict[str, str]]:
     waiting = defaultdict(set)
     for number, unit in enumerate(work):
@@ -233,10 +244,10 @@ def _run(
     failed: dict[str, str] = {}
     columns = ""
     pending = list(range(len(work)))
-    with tqdm(total=sum(u.rows for u in work), desc=label, unit=" cells", mininterval=1) as bar:
+    with tqdm(total=sum(u.rows for u in work), desc=job.label, unit=" cells", mininterval=1) as bar:
         for attempt in range(cluster.retries + 1):
             again = []
-            for record in _map(pending, work, factory, folder, cluster, gpus):
+            for record in _map(pending, work, factory, job, cluster):
                 unit = work[record.number]
                 columns = columns or (record.columns if record.rows else "")
                 if not record.error and record.rows and record.columns != columns:
@@ -255,7 +266,7 @@ def _run(
                 if not waiting[unit.plate]:
                     group = [n for n, u in enumerate(work) if u.plate == unit.plate]
                     pairs = [(work[n], records[n]) for n in group]
-                    accounts[unit.plate] = _publish_plate(uri, folder, fingerprint, pairs)
+                    accounts[unit.plate] = _publish_plate(job, pairs)
             pending = [n for n in again if work[n].plate not in failed]
             if not pending:
                 break
@@ -266,9 +277,8 @@ def _map(
     numbers: list[int],
     work: list[Unit],
     factory: Callable[[], Process],
-    folder: str,
+    job: _Job,
     cluster: Cluster,
-    gpus: float,
 ) -> Iterable[UnitRecord]:
     import ray
     from ray.data import ActorPoolStrategy
@@ -278,20 +288,19 @@ def _map(
     rows = ray.data.from_items([{"id": n} for n in numbers], override_num_blocks=len(numbers))
     mapped = rows.map(
         _Worker,
-        fn_constructor_args=(factory, work, folder),
+        fn_constructor_args=(factory, work, job.folder),
         compute=ActorPoolStrategy(min_size=1, max_size=size, max_tasks_in_flight_per_actor=2),
         num_cpus=cluster.cpus_per_task,
-        num_gpus=gpus or None,
+        num_gpus=job.gpus or None,
     )
     for row in mapped.iter_rows():
         yield UnitRecord(**json.loads(row["record"]))
 
 
-def _publish_plate(
-    uri: str, folder: str, fingerprint: str, pairs: list[tuple[Unit, UnitRecord]]
-) -> dict[str, int]:
+def _publish_plate(job: _Job, pairs: list[tuple[Unit, UnitRecord]]) -> dict[str, int]:
     plate = pairs[0][0].plate
-    account: Counter[str] = Counter({"in": 0, "out": 0})
+    before = job.left_out.get(plate, {})
+    account: Counter[str] = Counter({"in": sum(before.values()), "out": 0, **before})
     for unit, record in pairs:
         lost = unit.rows - record.rows - sum(record.dropped.values())
         if lost:
@@ -302,17 +311,17 @@ def _publish_plate(
         account.update({"in": unit.rows, "out": record.rows})
         account.update(record.dropped)
         account.update(record.noted)
-    target = join(uri, plate_folder(plate))
+    target = join(job.uri, plate_folder(plate))
     if exists(target):  # left by a publication that was interrupted before its manifest
         delete_tree(target)
     parts = []
     for unit, record in pairs:
         if record.rows:
             name = join(plate_folder(plate), f"part-{unit.index:05d}.parquet")
-            move(_attempt(folder, unit), join(uri, name))
+            move(_attempt(job.folder, unit), join(job.uri, name))
             parts.append(Part(name, record.rows, record.bytes))
-    manifest = Manifest(plate, fingerprint, tuple(parts), dict(account))
-    write_bytes(manifest_uri(uri, plate), manifest.to_json())
+    manifest = Manifest(plate, job.fingerprint, tuple(parts), dict(account))
+    write_bytes(manifest_uri(job.uri, plate), manifest.to_json())
     return dict(account)
 
 

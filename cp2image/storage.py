@@ -2,28 +2,50 @@
 
 Endpoint, region and credentials come from the standard AWS variables (``AWS_ENDPOINT_URL``,
 ``AWS_REGION``, ``AWS_ACCESS_KEY_ID`` …). A public bucket that is read without credentials is
-written ``s3://anonymous@bucket/path``. Every write serialises first and stores the bytes in one
-piece, because both S3 libraries commit a partial object when an exception leaves their writer.
+written ``s3://anonymous@bucket/path``.
+
+pyarrow stores a partial object when an exception leaves its writer, a signal's included, and waits
+for minutes on a server that stalls. So every write has all its bytes beforehand, and each call to
+S3 runs in a thread of its own, which no signal interrupts and which is left behind when
+`DEADLINE_S` is over.
 """
 
+import getpass
 import os
 import random
+import re
+import shutil
 import time
 import uuid
 from collections.abc import Callable
+from concurrent.futures import Future
 from functools import lru_cache
 from pathlib import Path
+from threading import Thread
 from typing import Any, TypeVar
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
+import pyarrow as pa
 from pyarrow import fs as arrow_fs
 
 from cp2image.errors import StorageError
 
 DEADLINE_S = 120.0
-"""Seconds after which an operation that keeps failing is given up."""
+"""Seconds after which an operation on S3 that keeps failing or gets no answer is given up."""
 _CONNECT_TIMEOUT_S, _REQUEST_TIMEOUT_S, _ATTEMPTS = 5.0, 30.0, 4
-_FINAL = ("ACCESS_DENIED", "SIGNATURE_DOES_NOT_MATCH", "INVALID_ACCESS_KEY", "NO_SUCH_BUCKET")
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]+")
+_LEFTOVER = re.compile(r"/\.[0-9a-f]{32}\.tmp$")
+_AWS_ERROR = re.compile(r"AWS Error (?P<code>[A-Z_]+)(?: \(HTTP status (?P<status>\d+)\))?")
+_SECRETS_HINT = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead"
+_REASONS = {
+    "ACCESS_DENIED": "access denied; check AWS_ACCESS_KEY_ID and its rights, or write a public "
+    "bucket as s3://anonymous@bucket/…",
+    "INVALID_ACCESS_KEY_ID": "the S3 key is not known to the store (AWS_ACCESS_KEY_ID)",
+    "NO_SUCH_BUCKET": "the bucket does not exist at this endpoint (AWS_ENDPOINT_URL, AWS_REGION)",
+    "NO_SUCH_KEY": "no such object",
+    "SIGNATURE_DOES_NOT_MATCH": "the S3 secret is wrong (AWS_SECRET_ACCESS_KEY)",
+}
+"""Errors that no repetition mends, and what they mean."""
 _T = TypeVar("_T")
 
 
@@ -33,7 +55,12 @@ def join(uri: str, *parts: str) -> str:
     >>> join("s3://screens/run1/", "plate=P1", "part.parquet")
     's3://screens/run1/plate=P1/part.parquet'
     """
-    return "/".join([str(uri).rstrip("/") or "/", *(part.strip("/") for part in parts)])
+    start = str(uri)
+    tail = "/".join(part.strip("/") for part in parts if part.strip("/"))
+    stripped = start.rstrip("/")
+    if not stripped or stripped.endswith(":"):  # nothing, the root or a bare scheme
+        return start + tail
+    return f"{stripped}/{tail}" if tail else stripped
 
 
 def name_of(uri: str) -> str:
@@ -47,23 +74,32 @@ def filesystem(uri: str) -> tuple[arrow_fs.FileSystem, str]:
     Raises
     ------
     StorageError
-        If the scheme is neither a local path, ``file://`` nor ``s3://``.
+        If it is empty, its scheme is neither a local path, ``file://`` nor ``s3://``, or it
+        holds credentials, which are not repeated in the message.
     """
     uri = str(uri)
-    if "://" not in uri:
+    scheme, separator, rest = uri.partition("://")
+    if not uri.strip():
+        raise StorageError("an empty path was given where a file or folder is expected")
+    if not separator:
         return arrow_fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
-    parts = urlsplit(uri)
-    if parts.scheme == "file":
-        return arrow_fs.LocalFileSystem(), unquote(parts.path)
-    if parts.scheme != "s3" or not parts.hostname:
-        raise StorageError(f"{uri}: scheme {parts.scheme!r} is not known; use a path or s3://bucket/")
-    user, _, bucket = parts.netloc.rpartition("@")
-    if user not in ("", "anonymous"):
+    if scheme == "file":
+        if not rest.startswith("/"):
+            raise StorageError(f"{uri}: write file:///folder/file with three slashes, or a path")
+        return arrow_fs.LocalFileSystem(), os.path.abspath(unquote(rest))
+    if scheme != "s3":
         raise StorageError(
-            f"s3://…@{bucket}: credentials do not belong into a URI (it is logged); "
-            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            f"{scheme}://…: the scheme {scheme!r} is not known; use a local path or s3://bucket/…"
         )
-    return _s3(user == "anonymous", _aws_settings()), bucket + uri.split(parts.netloc, 1)[1]
+    authority, _, key = rest.partition("/")
+    user, _, bucket = authority.rpartition("@")
+    if user not in ("", "anonymous") or ":" in authority:
+        raise StorageError(
+            f"s3://…: credentials do not belong into a URI, which is logged; {_SECRETS_HINT}"
+        )
+    if not _BUCKET.fullmatch(bucket):
+        raise StorageError(f"s3://{authority}/…: {bucket!r} is no bucket; write s3://bucket/path")
+    return _s3(user == "anonymous", _aws_settings()), f"{bucket}/{key}".rstrip("/")
 
 
 def _aws_settings() -> tuple[str | None, ...]:
@@ -83,10 +119,17 @@ def _s3(anonymous: bool, settings: tuple[str | None, ...]) -> arrow_fs.S3FileSys
     options: dict[str, Any] = {}
     if endpoint:
         scheme, _, host = endpoint.rpartition("://")
-        options |= {"endpoint_override": host.rstrip("/"), "scheme": scheme or "https"}
+        if scheme not in ("http", "https"):
+            raise StorageError(
+                f"AWS_ENDPOINT_URL = {endpoint!r}: expected http://host:port or https://host"
+            )
+        options |= {"endpoint_override": host.rstrip("/"), "scheme": scheme}
     if region or endpoint:
         options["region"] = region or "us-east-1"
-    if not anonymous and key:
+    if not anonymous and (key or secret):
+        if not (key and secret):
+            absent = "AWS_SECRET_ACCESS_KEY" if key else "AWS_ACCESS_KEY_ID"
+            raise StorageError(f"{absent} is not set, the other half of the S3 credentials is")
         options |= {"access_key": key, "secret_key": secret, "session_token": token}
     return arrow_fs.S3FileSystem(
         anonymous=anonymous,
@@ -97,37 +140,87 @@ def _s3(anonymous: bool, settings: tuple[str | None, ...]) -> arrow_fs.S3FileSys
     )
 
 
-def _retry(uri: str, action: str, call: Callable[[], _T], deadline_s: float = DEADLINE_S) -> _T:
-    started, wait = time.monotonic(), 0.2
+def _is_local(files: arrow_fs.FileSystem) -> bool:
+    return isinstance(files, arrow_fs.LocalFileSystem)
+
+
+def _run(uri: str, action: str, call: Callable[[], _T]) -> _T:
+    files, path = filesystem(uri)
+    if not _is_local(files):
+        return _retry(uri, action, call)
+    try:
+        return call()
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(f"{uri}: cannot {action}: {_local_reason(error, path)}") from error
+
+
+def _local_reason(error: OSError, path: str) -> str:
+    wanted = Path(error.filename or path)
+    if isinstance(error, IsADirectoryError):
+        return f"{error.filename2 or wanted} is a folder where a file is expected"
+    place = next(p for p in (wanted, *wanted.parents) if os.path.exists(p))
+    if isinstance(error, FileNotFoundError):
+        absent = wanted.relative_to(place).parts[:1]
+        return f"not found: {place} holds no {absent[0]!r}" if absent else str(error)
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        return f"{place} is a file where a folder is expected"
+    if isinstance(error, PermissionError):
+        return f"user {getpass.getuser()!r} has no permission on {place}"
+    return error.strerror or str(error)
+
+
+def _retry(uri: str, action: str, call: Callable[[], _T]) -> _T:
+    ends, wait = time.monotonic() + DEADLINE_S, 0.2
     while True:
         try:
-            return call()
+            return _in_thread(call, ends - time.monotonic())
+        except StorageError:
+            raise
         except FileNotFoundError as error:
-            raise StorageError(f"{uri}: not found; check the path, the bucket and its region") from error
-        except (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError) as error:
-            raise StorageError(f"{uri}: cannot {action}: {error.strerror or error}") from error
-        except Exception as error:  # pyarrow and the AWS SDK raise more than OSError
-            remote, text = uri.startswith("s3://"), str(error)
-            code = next((code for code in _FINAL if code in text), "")
-            if code or not remote or time.monotonic() - started + wait > deadline_s:
-                raise StorageError(f"{uri}: cannot {action}: {_reason(code, text)}") from error
-            time.sleep(wait * (0.5 + random.random()))
+            what = "not found; check the path, the bucket and its region"
+            raise StorageError(f"{uri}: cannot {action}: {what}") from error
+        except (pa.ArrowInvalid, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+            raise StorageError(f"{uri}: cannot {action}: {error}") from error
+        except (OSError, pa.ArrowException, RuntimeError) as error:
+            pause = wait * (0.5 + random.random())
+            if _is_final(str(error)) or time.monotonic() + pause > ends:
+                raise StorageError(f"{uri}: cannot {action}: {_reason(error)}") from error
+            time.sleep(pause)
             wait = min(wait * 2, 10.0)
 
 
-def _reason(code: str, text: str) -> str:
-    if code == "SIGNATURE_DOES_NOT_MATCH":
-        return "the S3 secret is wrong (AWS_SECRET_ACCESS_KEY)"
-    if code == "INVALID_ACCESS_KEY":
-        return "the S3 key is not known to the store (AWS_ACCESS_KEY_ID)"
-    if code == "ACCESS_DENIED":
-        return (
-            "access denied; check AWS_ACCESS_KEY_ID and its rights, or write a public bucket as "
-            "s3://anonymous@bucket/…"
+def _in_thread(call: Callable[[], _T], seconds: float) -> _T:
+    outcome: Future[_T] = Future()
+
+    def work() -> None:
+        try:
+            outcome.set_result(call())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    Thread(target=work, name="cp2image-s3", daemon=True).start()
+    return outcome.result(timeout=seconds)
+
+
+def _is_final(text: str) -> bool:
+    found = _AWS_ERROR.search(text)
+    status = int(found["status"] or 0) if found else 0
+    return bool(found and found["code"] in _REASONS) or (
+        300 <= status < 500 and status not in (408, 429)
+    )
+
+
+def _reason(error: Exception) -> str:
+    found = _AWS_ERROR.search(str(error))
+    code = found["code"] if found else ""
+    if isinstance(error, TimeoutError) or code == "NETWORK_CONNECTION":
+        endpoint = _aws_settings()[0] or "AWS"
+        return f"no answer from {endpoint} (AWS_ENDPOINT_URL) in {DEADLINE_S:g} s; {error}".rstrip(
+            "; "
         )
-    if code == "NO_SUCH_BUCKET":
-        return "the bucket does not exist at this endpoint (AWS_ENDPOINT_URL, AWS_REGION)"
-    return text
+    return _REASONS.get(code, str(error))
 
 
 def read_bytes(uri: str) -> bytes:
@@ -141,14 +234,16 @@ def read_bytes(uri: str) -> bytes:
     files, path = filesystem(uri)
 
     def read() -> bytes:
+        if _is_local(files):
+            return Path(path).read_bytes()
         with files.open_input_file(path) as source:
             return bytes(source.read())
 
-    return _retry(uri, "read", read)
+    return _run(uri, "read", read)
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """Store ``data`` under ``uri`` as one object, whole or not at all, and check its size.
+    """Store ``data`` under ``uri``, whole or not at all; folders are made as needed.
 
     Raises
     ------
@@ -156,25 +251,34 @@ def write_bytes(uri: str, data: bytes) -> None:
         If the place cannot be written or the stored size differs.
     """
     files, path = filesystem(uri)
-    local = isinstance(files, arrow_fs.LocalFileSystem)
-    target = f"{path}.{uuid.uuid4().hex[:8]}.tmp" if local else path
+    content = pa.py_buffer(data)
+    if not _is_local(files) and "/" not in path:
+        raise StorageError(f"{uri}: is a bucket; a file needs a name in it")
 
     def write() -> None:
-        if local:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with files.open_output_stream(target) as sink:
-                sink.write(data)
-            size = files.get_file_info(target).size
-            if size != len(data):
-                raise OSError(f"stored {size} of {len(data)} bytes")
-            if local:
-                os.replace(target, path)
-        finally:
-            if local:
-                Path(target).unlink(missing_ok=True)
+        if _is_local(files):
+            _replace(Path(path), content)
+            return
+        with files.open_output_stream(path) as sink:
+            sink.write(content)
+        size = files.get_file_info(path).size
+        if size != content.size:
+            raise OSError(f"stored {size} of {content.size} bytes")
 
-    _retry(uri, "write", write)
+    _run(uri, "write", write)
+
+
+def _replace(path: Path, content: pa.Buffer) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{uuid.uuid4().hex}.tmp"  # hidden: readers of datasets skip it
+    try:
+        with temporary.open("xb") as sink:
+            sink.write(content)
+            sink.flush()
+            os.fsync(sink.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def exists(uri: str) -> bool:
@@ -184,45 +288,74 @@ def exists(uri: str) -> bool:
     def look() -> bool:
         return bool(files.get_file_info(path).type != arrow_fs.FileType.NotFound)
 
-    return _retry(uri, "look up", look)
+    return _run(uri, "look up", look)
 
 
 def list_files(uri: str, suffix: str = "", *, recursive: bool = True) -> list[str]:
-    """Return the URIs of the files below a folder, sorted; empty if there is no such folder."""
+    """Return the URIs of the files below a folder, sorted; empty if there is no such folder.
+
+    What an interrupted local write has left behind is not listed.
+    """
     files, path = filesystem(uri)
-    selector = arrow_fs.FileSelector(path.rstrip("/"), allow_not_found=True, recursive=recursive)
+    selector = arrow_fs.FileSelector(path, allow_not_found=True, recursive=recursive)
 
     def look() -> list[str]:
         return [info.path for info in files.get_file_info(selector) if info.is_file]
 
-    prefix = uri.rstrip("/")
-    skip = len(path.rstrip("/"))
-    found = _retry(uri, "list", look)
-    return sorted(prefix + name[skip:] for name in found if name.endswith(suffix))
+    found = (name[len(path) :] for name in _run(uri, "list", look) if name.endswith(suffix))
+    return sorted(
+        join(uri, name) for name in found if not re.search(r"/\.[0-9a-f]{32}\.tmp$", name)
+    )
 
 
 def move(source: str, target: str) -> None:
-    """Move one file within a filesystem (rename locally; server-side copy and delete on S3)."""
+    """Move one file within a filesystem (rename locally; server-side copy and delete on S3).
+
+    Raises
+    ------
+    StorageError
+        If there is no such file, or the two are not on the same filesystem.
+    """
     files, path = filesystem(source)
-    goal = filesystem(target)[1]
+    other, goal = filesystem(target)
+    if not files.equals(other):
+        raise StorageError(f"cannot move {source} to {target}: they are on different file systems")
+    tried = False
 
     def rename() -> None:
-        if isinstance(files, arrow_fs.LocalFileSystem):
+        nonlocal tried
+        again, tried = tried, True
+        if _is_local(files):
             Path(goal).parent.mkdir(parents=True, exist_ok=True)
-        files.move(path, goal)
+            os.replace(path, goal)
+        elif not (again and not exists(source) and exists(target)):
+            files.move(path, goal)
 
-    _retry(target, "publish", rename)
+    _run(source, f"move to {target}", rename)
 
 
 def delete_tree(uri: str) -> None:
-    """Remove a folder that this program made and all below it; a missing one is no error."""
-    files, path = filesystem(uri)
-    if files.get_file_info(path).type == arrow_fs.FileType.Directory:
-        _retry(uri, "clear", lambda: files.delete_dir(path))
+    """Remove a folder that this program made and all below it; a missing one is no error.
 
-
-def delete_file(uri: str) -> None:
-    """Remove one file that this program made; a missing one is no error."""
+    Raises
+    ------
+    StorageError
+        If it cannot be removed, or is a file, a link, a whole bucket, the home folder, or a
+        folder that holds the working directory.
+    """
     files, path = filesystem(uri)
-    if files.get_file_info(path).type == arrow_fs.FileType.File:
-        _retry(uri, "remove", lambda: files.delete_file(path))
+    if _is_local(files):
+        here = (Path.cwd(), Path.home())
+        if any(Path(path) in (place, *place.parents) for place in here):
+            raise StorageError(f"{uri}: is or holds the home or working folder, not removed")
+    elif "/" not in path:
+        raise StorageError(f"{uri}: is a whole bucket, not removed")
+
+    def clear() -> None:
+        if not _is_local(files):
+            if files.get_file_info(path).type != arrow_fs.FileType.NotFound:
+                files.delete_dir(path)
+        elif os.path.lexists(path):
+            shutil.rmtree(path)
+
+    _run(uri, "remove", clear)

@@ -86,6 +86,44 @@ def join_compartments(
     return pd.concat(parts, axis=1), account
 
 
+def refuse_other_counts(
+    image_rows: "pd.Series[int]", images: pd.DataFrame, compartment: str, where: str
+) -> None:
+    """Check the number of objects of every image against CellProfiler's own count.
+
+    Parameters
+    ----------
+    image_rows
+        `IMAGE_ROW` of every object that was read.
+    images
+        Image sets that were read, with ``ImageNumber`` and, where the pipeline wrote it,
+        ``Count_{compartment}`` (in databases ``Image_Count_{compartment}``).
+    compartment
+        Which objects.
+    where
+        Table the objects come from, for the message.
+
+    Raises
+    ------
+    TableError
+        If an image has more or fewer objects than its count says.
+    """
+    for count in (f"Count_{compartment}", f"Image_Count_{compartment}"):
+        if count not in images:
+            continue
+        expected = pd.to_numeric(images[count], errors="coerce")
+        found = image_rows.value_counts().reindex(images.index, fill_value=0)
+        wrong = (expected.notna() & (expected != found)).to_numpy()
+        if wrong.any():
+            row = int(wrong.argmax())
+            raise TableError(
+                f"{where}: ImageNumber {images['ImageNumber'].iloc[row]} has {found.iloc[row]} "
+                f"rows of {compartment}, but the image table counts {expected.iloc[row]:g} "
+                f"({int(wrong.sum())} such images); one file is truncated or of another run. "
+                "Export or copy it again"
+            )
+
+
 def _keys(frame: pd.DataFrame, column: str) -> NDArray[np.int64]:
     numbers = frame[column].fillna(0).to_numpy().astype(np.int64)
     keys: NDArray[np.int64] = frame[IMAGE_ROW].to_numpy(np.int64) * _OBJECTS_PER_IMAGE + numbers
@@ -127,9 +165,7 @@ def _refuse_unmatched(
     missing = np.ones(len(frames[base]), dtype=bool)
     missing[target[~unknown]] = False
     if unknown.any() or missing.any():
-        example = (
-            _say(frames[name], unknown) if unknown.any() else _say(frames[base], missing)
-        )
+        example = _say(frames[name], unknown) if unknown.any() else _say(frames[base], missing)
         raise TableError(
             f"{where}: {base} has {len(frames[base])} rows and {name} {len(target)}, and they do "
             f"not match (first: {example}); without a Parent_ column they must be the same "

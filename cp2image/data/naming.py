@@ -36,6 +36,11 @@ _VARIANTS = {
 }
 
 
+def names_of(frame: pd.DataFrame) -> list[str]:
+    """Return the column names of a frame, which pandas types as anything."""
+    return [str(name) for name in frame.columns]
+
+
 def canonical_names(
     names: Iterable[str], given: Mapping[str, str] | None = None, where: str = "table"
 ) -> dict[str, str]:
@@ -65,9 +70,7 @@ def canonical_names(
     names = list(names)
     given = given or {}
     plain = {name: name.removeprefix("Image_") for name in names}
-    channels = {
-        match["channel"] for short in plain.values() if (match := FILE_COLUMN.match(short))
-    }
+    channels = {match["channel"] for short in plain.values() if (match := FILE_COLUMN.match(short))}
     chosen: dict[str, str] = {}
     for target, source in given.items():
         if source not in plain:
@@ -137,9 +140,7 @@ def to_number(values: "pd.Series[object]", name: str, where: str) -> "pd.Series[
     return numbers
 
 
-def name_metadata(
-    frame: pd.DataFrame, given: Mapping[str, str] | None, where: str
-) -> pd.DataFrame:
+def name_metadata(frame: pd.DataFrame, given: Mapping[str, str] | None, where: str) -> pd.DataFrame:
     """Return the metadata and file columns of a frame, with canonical names and types.
 
     Plate, well, site, table number, compound, MOA and text columns become text (never a number, so
@@ -150,9 +151,9 @@ def name_metadata(
     ColumnError
         If a given column is missing, or an image number or concentration is no number.
     """
-    names = canonical_names(frame.columns, given, where)
+    names = canonical_names(names_of(frame), given, where)
     named = frame[list(names)].rename(columns=names)
-    for name in named:
+    for name in names_of(named):
         if name == CONCENTRATION:
             named[name] = to_number(named[name], name, where)
         elif name == IMAGE_NUMBER:

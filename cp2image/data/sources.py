@@ -44,6 +44,12 @@ def read_source(uri: str, error: type[Cp2ImageError]) -> bytes:
     return content
 
 
+def is_file(uri: str) -> bool:
+    """Tell whether ``uri`` is one file (not a folder, not missing)."""
+    files, path = storage.filesystem(uri)
+    return bool(files.get_file_info(path).is_file)
+
+
 def read_start(uri: str, error: type[Cp2ImageError]) -> bytes:
     """Return the first bytes of one input file, refusing what `read_source` refuses.
 

@@ -51,7 +51,10 @@ def quiet(axes: Any, *, title: str = "", x: str = "", y: str = "") -> Any:
 def legend(figure: Figure, colours: Mapping[str, Any], columns: int | None = None) -> None:
     """Put name → colour as small squares under a figure, in one line or this many columns."""
     figure.legend(
-        handles=[Patch(facecolor=colour, label=name) for name, colour in colours.items()],
+        handles=[
+            Patch(facecolor=colour, edgecolor=MUTED, linewidth=0.4, label=name)
+            for name, colour in colours.items()
+        ],
         loc="outside lower center",
         ncols=columns or len(colours),
         frameon=False,

@@ -342,7 +342,7 @@ class CellProfilerEmbedding:
         columns = tuple(c.name for c in measurements(map(str, real.columns)) if not c.is_position)
         raw = _numbers(real, columns)
         missing = (~np.isfinite(raw)).sum(axis=0)
-        present = np.flatnonzero(missing <= min(cls.MISSING * len(raw), len(raw) - 1))
+        present = np.flatnonzero(missing <= max(min(cls.MISSING * len(raw), len(raw) - 1), 0))
         raw = raw[:, present]
         centre, spread = _robust_scale(raw)
         varies = spread > 0
@@ -395,13 +395,15 @@ def _numbers(table: pd.DataFrame, columns: Sequence[str]) -> NDArray[np.float64]
         if column.period is None:
             parts.append(values)
         else:
-            angle = values * (2 * np.pi / column.period)
+            angle = np.where(np.isfinite(values), values * (2 * np.pi / column.period), np.nan)
             parts += [np.cos(angle), np.sin(angle)]
     return np.stack(parts, axis=1) if parts else np.empty((len(table), 0))
 
 
 def _robust_scale(x: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return the median and the robust standard deviation of each column; 0 where constant."""
+    if x.size == 0:
+        return np.zeros(x.shape[1]), np.zeros(x.shape[1])
     x = np.where(np.isfinite(x), x, np.nan)
     centre = np.nanmedian(x, axis=0)
     distance = np.abs(x - centre)

@@ -24,7 +24,7 @@ from cp2image.metrics.families import (
     texture,
     zernike,
 )
-from cp2image.metrics.families.batch import Batch
+from cp2image.metrics.families.batch import Batch, scale_images
 from cp2image.metrics.segmentation import segment
 
 COMPARTMENTS = ("Nuclei", "Cells", "Cytoplasm")
@@ -112,7 +112,7 @@ def measure(
     values = np.empty((n, len(names)))
     for start in range(0, n, rows):
         part = slice(start, start + rows)
-        scaled = _scale_images(images[part], start, channels)
+        scaled = scale_images(images[part], start)
         stack = segment(scaled, nucleus, cell) if masks is None else masks[part] != 0
         batch = Batch(scaled, np.ascontiguousarray(stack[:, kept], dtype=np.uint8))
         values[part] = _measure_batch(batch, chosen, granularity_subsample)
@@ -178,23 +178,6 @@ def _measure_batch(
     values = np.concatenate(blocks, axis=2)
     values[~batch.masks.any(axis=(2, 3))] = np.nan
     return values.reshape(len(values), -1)
-
-
-def _scale_images(
-    images: NDArray[np.generic], start: int, channels: tuple[str, ...]
-) -> NDArray[np.float64]:
-    """Return images as floats in [0, 1]; ``start`` is the number of the first one."""
-    scaled = np.ascontiguousarray(images, dtype=np.float64)
-    if np.issubdtype(images.dtype, np.integer):
-        scaled = scaled / np.iinfo(images.dtype).max
-    fine = (scaled >= 0) & (scaled <= 1)
-    if not fine.all():
-        n, c, y, x = np.argwhere(~fine)[0]
-        raise MeasurementError(
-            f"image {start + n}, channel {channels[c]!r} has {images[n, c, y, x]} at y={y}, x={x}; "
-            "expected floats in [0, 1], without NaN, or integers from 0 upwards"
-        )
-    return scaled
 
 
 def _check_images(images: NDArray[np.generic], channels: tuple[str, ...]) -> None:

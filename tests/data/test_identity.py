@@ -48,7 +48,7 @@ def test_keys_of_three_cells_are_what_they_always_were():
 
 
 def test_key_is_the_documented_hash_of_the_documented_text():
-    written = "24278\x1fC11\x1f2\x1f3\x1f12".encode()
+    written = b"24278\x1fC11\x1f2\x1f3\x1f12"
     digest = hashlib.blake2b(written, digest_size=8).digest()
     assert cell_keys(frame(CELLS))[1] == int.from_bytes(digest, "little")
 

@@ -88,7 +88,11 @@ def test_cells_of_mixed_plates_are_scaled_each_by_its_own():
 def test_global_row_comes_from_the_controls_of_all_plates():
     plates = {"A": plate_values(1), "B": plate_values(2, shift=50)}
     together = np.concatenate(list(plates.values()))
-    np.testing.assert_allclose(fit(plates).center[-1], np.median(together, axis=0), rtol=1e-12)
+    center = np.median(together, axis=0)
+    scaling = fit(plates)
+    np.testing.assert_allclose(scaling.center[-1], center, rtol=1e-12)
+    mad = 1.4826 * np.median(np.abs(together - center), axis=0)
+    np.testing.assert_allclose(scaling.scale[-1], mad, rtol=1e-12)
 
 
 def test_plate_with_few_controls_uses_the_global_row_and_says_so():
@@ -119,6 +123,13 @@ def test_feature_without_spread_on_a_plate_keeps_its_median_and_the_global_scale
     assert scaling.center[1, 1] == 7
     assert scaling.scale[1, 1] == scaling.scale[-1, 1] > 0
     assert scaling.scale[1, 0] != scaling.scale[-1, 0]
+
+
+def test_spread_of_float32_rounding_counts_as_none():
+    flat = plate_values(2)
+    flat[:, 1] = 1e5 + 1e-3 * np.random.default_rng(5).random(len(flat))
+    scaling = fit({"A": plate_values(1), "B": flat, "C": plate_values(3)})
+    assert scaling.scale[1, 1] == scaling.scale[-1, 1] > 0.1
 
 
 def test_feature_without_global_mad_uses_the_standard_deviation():
@@ -250,5 +261,5 @@ def test_controls_are_found_by_all_named_columns():
 def test_table_without_compounds_has_no_controls_but_a_misspelt_column_is_refused():
     cells = pd.DataFrame({"Metadata_Well": ["A01"], "Metadata_Compound_Name": ["DMSO"]})
     assert not is_control(cells, {"Metadata_Compound": "DMSO"}).any()
-    with pytest.raises(ColumnError, match="'Metadata_Wel'.*'Metadata_Well'"):
+    with pytest.raises(ColumnError, match=r"'Metadata_Wel'.*'Metadata_Well'"):
         is_control(cells, {"Metadata_Wel": "A01"})

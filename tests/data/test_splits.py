@@ -89,6 +89,14 @@ def test_treatment_with_two_units_keeps_one_in_training(by, seed):
         assert len(units) < 2 or (units["split"] == "train").any()
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_large_treatment_does_not_pay_for_what_small_ones_could_not_give(seed):
+    cells = pd.DataFrame({"Metadata_Plate": "P", "Metadata_Well": [f"W{i}" for i in range(130)]})
+    cells["Metadata_Compound"] = [f"c{i // 2}" if i < 80 else "DMSO" for i in range(130)]
+    splits = assign_splits(cells, Split(validation=0.4, test=0.4), seed)
+    assert 10 - 4 <= (splits[80:] == "train").sum() <= 10 + 4
+
+
 def test_held_out_plates_are_held_out_whole_and_the_others_divided():
     split = Split(validation_plates=["P1"], test_plates=["P2", "P4"])
     cells = SCREEN.assign(split=assign_splits(SCREEN, split, 0))
@@ -136,6 +144,11 @@ def test_well_that_was_not_there_is_unseen():
     assert set(splits.of(SCREEN[:3].assign(Metadata_Well="Z99"))) == {"unseen"}
 
 
+def test_treatment_that_was_not_there_is_unseen_by_cell():
+    splits = fit_splits(SCREEN, Split(by="cell"), 0)
+    assert set(splits.of(SCREEN[:3].assign(Metadata_Compound="new"))) == {"unseen"}
+
+
 def test_plate_named_by_a_number_is_held_out_by_its_text():
     cells = SCREEN.assign(Metadata_Plate=SCREEN["Metadata_Plate"].str[1:].astype(int))
     splits = assign_splits(cells, Split(test_plates=["3"]), 0)
@@ -145,7 +158,7 @@ def test_plate_named_by_a_number_is_held_out_by_its_text():
 @pytest.mark.parametrize(
     ("split", "error", "message"),
     [
-        ({"test_plates": ["p1"]}, ConfigError, r"split.test_plates: no plate 'p1'.*'P1'"),
+        ({"test_plates": ["P1a"]}, ConfigError, r"split.test_plates: no plate 'P1a'.*'P1'"),
         (
             {"validation_plates": ["P1"], "test_plates": ["P1"]},
             ConfigError,

@@ -7,7 +7,9 @@ import numpy as np
 from centrosome.cpmorphology import convex_hull_ijv, minimum_enclosing_circle
 from numpy.typing import NDArray
 
+from cp2image.errors import MeasurementError
 from cp2image.metrics.families.kernel import compile_kernel
+from cp2image.metrics.families.sorting import sort_pixels
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,7 @@ class Batch:
     @cached_property
     def order(self) -> NDArray[np.int32]:
         """Pixels of every channel by rising intensity: flat indices, (images, channels, H * W)."""
-        n, channels, height, width = self.images.shape
-        # Non-negative floats sort as their bits do; adding 0.0 turns -0.0 into 0.0.
-        bits = (self.images + 0.0).view(np.uint64).reshape(n * channels, height * width)
-        return _sort_pixels(bits).reshape(n, channels, height * width)
+        return sort_pixels(self.images)
 
     @cached_property
     def hulls(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
@@ -66,37 +65,28 @@ class Batch:
         return centres, radii
 
 
-@compile_kernel
-def _sort_pixels(keys: NDArray[np.uint64]) -> NDArray[np.int32]:
-    """Argsort each row of keys: radix sort by 11 bits at a time."""
-    rows, size = keys.shape
-    result = np.empty((rows, size), np.int32)
-    other = np.empty(size, np.int32)
-    counts = np.empty(2048, np.int64)
-    for row in range(rows):
-        source, target = result[row], other
-        for i in range(size):
-            source[i] = i
-        for digit in range(6):
-            shift = np.uint64(11 * digit)
-            counts[:] = 0
-            for i in range(size):
-                counts[(keys[row, i] >> shift) & np.uint64(2047)] += 1
-            if counts[(keys[row, 0] >> shift) & np.uint64(2047)] == size:
-                continue
-            total = 0
-            for value in range(2048):
-                count = counts[value]
-                counts[value] = total
-                total += count
-            for i in range(size):
-                pixel = source[i]
-                value = (keys[row, pixel] >> shift) & np.uint64(2047)
-                target[counts[value]] = pixel
-                counts[value] += 1
-            source, target = target, source
-        result[row] = source
-    return result
+def scale_images(images: NDArray[np.generic], first: int = 0) -> NDArray[np.float64]:
+    """Return images as float64 in [0, 1]; integers are divided by their type's largest value.
+
+    ``images`` has shape (images, channels, height, width); ``first`` is the number of the first
+    one, for the message.
+
+    Raises
+    ------
+    MeasurementError
+        If a pixel is NaN or outside [0, 1].
+    """
+    scaled = np.ascontiguousarray(images, dtype=np.float64)
+    if np.issubdtype(images.dtype, np.integer):
+        scaled = scaled / np.iinfo(images.dtype).max
+    fine = (scaled >= 0) & (scaled <= 1)
+    if not fine.all():
+        n, c, y, x = np.argwhere(~fine)[0]
+        raise MeasurementError(
+            f"image {first + n}, channel {c} has {images[n, c, y, x]} at y={y}, x={x}; expected "
+            "floats in [0, 1] without NaN, or integers from 0 upwards"
+        )
+    return scaled
 
 
 @compile_kernel

@@ -1,0 +1,136 @@
+"""The command line that every job shares. Floor: above config; no step and no Ray."""
+
+import argparse
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+from cp2image.config import Config, read_config
+from cp2image.errors import Cp2ImageError
+
+DONE, BUG, REFUSED = 0, 1, 2
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class _Stopped(KeyboardInterrupt):
+    """Unwinds like Ctrl-C, so that whatever cleans up after that does so here too."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.signal = signal.Signals(number)
+
+
+def run_job(
+    description: str,
+    action: Callable[[Config], object],
+    preview: Callable[[Config], str] | None = None,
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Parse the command line, run one step, print its result or one readable error.
+
+    Parameters
+    ----------
+    description
+        Shown by ``--help``: the job's docstring.
+    action
+        The step; ``str`` of what it returns is printed, unless it is None.
+    preview
+        What the step would read and write, printed by ``--dry-run`` below the config.
+    argv
+        Arguments; None for the process's own.
+
+    Returns
+    -------
+    int
+        Exit code: 0 done; 1 a bug, with its traceback; 2 input or settings refused, one message
+        without a traceback; 130 after SIGINT (Ctrl-C), 143 after SIGTERM, both unwound.
+    """
+    options = _parser(description).parse_args(argv)
+    try:
+        with _signals_unwind():
+            config = read_config(options.config, options.set)
+            if options.dry_run:
+                print(_describe(config, preview), flush=True)
+                return DONE
+            result = action(config)
+            if result is not None:
+                print(result, flush=True)
+            return DONE
+    except _Stopped as stop:
+        return _stopped(stop.signal)
+    except KeyboardInterrupt:
+        return _stopped(signal.SIGINT)
+    except SystemExit as stop:
+        if stop.code != signal.SIGTERM:  # Ray's own handler exits with the number of the signal
+            raise
+        return _stopped(signal.SIGTERM)
+    except Exception as error:
+        refused = _refusal(error)
+        if refused is None:
+            traceback.print_exc()
+            return BUG
+        print(f"error: {refused}", file=sys.stderr, flush=True)
+        return REFUSED
+
+
+def _parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML of the experiment, path or URI")
+    parser.add_argument(
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        action="append",
+        help="replace one value of the config, written in YAML; may be repeated",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the complete config and what would be read and written; run nothing",
+    )
+    return parser
+
+
+def _describe(config: Config, preview: Callable[[Config], str] | None) -> str:
+    lines = preview(config).splitlines() if preview else []
+    return config.yaml() + "\n".join(f"# {line}".rstrip() for line in lines)
+
+
+@contextmanager
+def _signals_unwind() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, _: FrameType | None) -> None:
+        raise _Stopped(number)
+
+    before = {number: signal.signal(number, stop) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stopped(number: signal.Signals) -> int:
+    print(f"stopped by {number.name}; run the same command to go on", file=sys.stderr, flush=True)
+    return 128 + number
+
+
+def _refusal(error: BaseException) -> Cp2ImageError | None:
+    """Find the refusal in ``error``; Ray wraps a worker's exception and keeps it as ``cause``."""
+    inner = getattr(error, "cause", None)
+    if isinstance(inner, BaseException):
+        return _refusal(inner)
+    if isinstance(error, Cp2ImageError):
+        return error
+    wrapped = type(error).__module__.startswith("ray.") and error.__cause__
+    return _refusal(wrapped) if wrapped else None
