@@ -188,6 +188,18 @@ def save_checkpoint(
     write_bytes(join(uri, "checkpoint.json"), json.dumps(entry, indent=1).encode())
 
 
+def save_scaling(uri: str, scaling: Scaling) -> None:
+    """Store a scaling alone in one file, for workers that need more plates than a checkpoint has."""
+    about = np.frombuffer(json.dumps(scaling.describe()).encode(), dtype=np.uint8)
+    write_bytes(uri, save_arrays({**scaling.to_tensors(), "description": about}))
+
+
+def load_scaling(uri: str) -> Scaling:
+    """Read what `save_scaling` wrote."""
+    tensors = load_arrays(read_bytes(uri))
+    return Scaling.from_tensors(tensors, json.loads(tensors["description"].tobytes()))
+
+
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
 

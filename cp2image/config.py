@@ -189,7 +189,7 @@ class Scaling(Section):
     """A feature missing in a larger share of the training cells is left out."""
     categories: list[Category] = [c for c in CATEGORIES if c != "Location"]
     drop: list[str] = []
-    """Further columns to leave out, by name."""
+    """Further columns to leave out, by name or pattern (``*_ZernikePhase_*``)."""
 
 
 class Train(Section):

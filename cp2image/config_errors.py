@@ -24,7 +24,8 @@ _EXPECTED = {
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """Return one line per problem of a config that pydantic refused, with the nearest known key."""
-    lines = [_sentence(problem, model) for problem in error.errors()]
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    lines = [_sentence(problem, model) for problem in problems]
     return lines[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} problems", *lines])
 
 
@@ -37,6 +38,11 @@ def _sentence(problem: ErrorDetails, model: type[BaseModel]) -> str:
         return f"unknown key {path!r}{hint}"
     if kind == "missing":
         return f"{path} is missing"
+    if kind == "string_too_short":
+        message = "expected text"
+    if kind == "too_long":
+        context = problem.get("ctx", {})
+        message = f"expected {context['max_length']} values, not {context['actual_length']}"
     if kind.endswith(("_type", "_parsing", "_from_float")):
         message = f"expected {_EXPECTED.get(kind.split('_')[0], message)}"
     message = message.removeprefix("Value error, ").removeprefix("Input ")

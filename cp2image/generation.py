@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
-from cp2image.checkpoint import Model, load_model
+from cp2image.checkpoint import Model, load_model, load_scaling, save_scaling
 from cp2image.cluster import join_cluster
 from cp2image.columns import COMPOUND, MOA, PLATE, WELL, require_columns
 from cp2image.config import Config
@@ -57,7 +57,9 @@ def generate(config: Config) -> Publication:
             else:
                 units, scaling, inputs = _from_table(config, model, staging)
             mark = config.fingerprint("generate", inputs=[model.hash, str(config.run.seed), *inputs])
-            factory = partial(_Generate, config, scaling)
+            place = join(staging, "scaling.safetensors")
+            save_scaling(place, scaling)
+            factory = partial(_Generate, config, place)
             result = publish(
                 settings.output, units, factory, config, mark,
                 label="generate", gpus_per_task=1.0 if settings.gpu else 0.0,
@@ -134,14 +136,14 @@ def _with_controls(scaling: Scaling, plate: str, sample: KeyedSample) -> Scaling
 class _Generate:
     """Draws one range of cells; loads the model once per actor."""
 
-    def __init__(self, config: Config, scaling: Scaling) -> None:
+    def __init__(self, config: Config, scaling: str) -> None:
         import torch
 
         settings = config.generate
         if not settings.gpu:
             torch.set_num_threads(max(1, int(config.cluster.cpus_per_task)))
         self._model = load_model(settings.checkpoint, "cuda" if settings.gpu else "cpu")
-        self._model.scaling = scaling
+        self._model.scaling = load_scaling(scaling)
         self._split, self._seed = settings.split, config.run.seed
 
     def __call__(self, unit: CellRange) -> Outcome:

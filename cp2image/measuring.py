@@ -6,8 +6,8 @@ import numpy as np
 
 from cp2image.cluster import join_cluster
 from cp2image.config import Config
-from cp2image.data.schema import build_table, decode_metadata, decode_patches
-from cp2image.dataset import CellDataset, CellRange, open_dataset, read_range
+from cp2image.data.schema import PATCH, PatchFormat, build_table, decode_metadata, decode_patches
+from cp2image.dataset import CellRange, open_dataset, read_range
 from cp2image.metrics.measurement import feature_names, measure
 from cp2image.publication import Outcome, Publication, publish
 from cp2image.tracking import record
@@ -36,7 +36,7 @@ def measure_dataset(config: Config) -> Publication:
     mark = config.fingerprint("measure", inputs=inputs)
     units = dataset.ranges(config.cluster.cells_per_task)
     with record(config, "measure") as recorder:
-        factory = partial(_Measure, config, dataset)
+        factory = partial(_Measure, config, dataset.patch_format, dataset.metadata)
         result = publish(settings.output, units, factory, config, mark, label="measure")
         recorder.metrics({f"cells/{name}": value for name, value in result.totals.items()})
     return result
@@ -45,9 +45,9 @@ def measure_dataset(config: Config) -> Publication:
 class _Measure:
     """Measures one range of cells."""
 
-    def __init__(self, config: Config, dataset: CellDataset) -> None:
-        self._settings, self._format = config.measure, dataset.patch_format
-        self._columns = [*dataset.metadata, "patch"]
+    def __init__(self, config: Config, patch_format: PatchFormat, metadata: list[str]) -> None:
+        self._settings, self._format = config.measure, patch_format
+        self._columns = [*metadata, PATCH]
 
     def __call__(self, unit: CellRange) -> Outcome:
         table = read_range(unit, self._columns)

@@ -10,36 +10,27 @@ bytes again, so faults can neither lose nor double a cell.
 import json
 import traceback
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 from tqdm import tqdm
 
 from cp2image.config import Cluster, Config
 from cp2image.data.schema import to_parquet
-from cp2image.dataset import Manifest, Part, manifest_uri, plate_folder, read_manifests
+from cp2image.dataset import (
+    CellRange,
+    Manifest,
+    Part,
+    manifest_uri,
+    plate_folder,
+    read_manifests,
+)
 from cp2image.errors import Cp2ImageError, DatasetError
 from cp2image.storage import delete_tree, exists, join, list_files, move, write_bytes
 
 ATTEMPTS = "_attempts"
-
-
-class Unit(Protocol):
-    """A piece of one plate: ``rows`` cells go in."""
-
-    @property
-    def plate(self) -> str:
-        """Plate the cells belong to."""
-
-    @property
-    def index(self) -> int:
-        """Number of the unit within its plate."""
-
-    @property
-    def rows(self) -> int:
-        """Cells that go in."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +52,8 @@ class Outcome:
     noted: dict[str, int] = field(default_factory=dict)
 
 
-Process = Callable[[Any], Outcome]
+Process = Callable[[CellRange], Outcome]
+"""Turns one unit, consecutive cells of one plate, into cells to publish."""
 
 
 @dataclass(frozen=True)
@@ -118,14 +110,12 @@ class Publication:
 class _Worker:
     """One actor of the pool: runs the process on units and stores what comes out."""
 
-    def __init__(
-        self, factory: Callable[[], Process], units: Sequence[Unit], folder: str
-    ) -> None:
-        self.process, self.units, self.folder = factory(), units, folder
+    def __init__(self, factory: Callable[[], Process], folder: str) -> None:
+        self.process, self.folder = factory(), folder
 
     def __call__(self, row: dict[str, Any]) -> dict[str, str]:
-        number = int(row["id"])
-        unit = self.units[number]
+        number = int(row["number"])
+        unit = CellRange(**json.loads(row["unit"]))
         try:
             outcome = self.process(unit)
             table = outcome.table
@@ -144,13 +134,13 @@ class _Worker:
         return {"record": json.dumps(asdict(record))}
 
 
-def _attempt(folder: str, unit: Unit) -> str:
+def _attempt(folder: str, unit: CellRange) -> str:
     return join(folder, plate_folder(unit.plate), f"part-{unit.index:05d}.parquet")
 
 
 def publish(
     uri: str,
-    units: Iterable[Unit],
+    units: Iterable[CellRange],
     factory: Callable[[], Process],
     config: Config,
     fingerprint: str,
@@ -186,7 +176,7 @@ def publish(
         If the dataset holds plates of other settings, or if plates failed: the others are
         published, the message names the failed ones and the first reason of each.
     """
-    todo: dict[str, list[Unit]] = defaultdict(list)
+    todo: dict[str, list[CellRange]] = defaultdict(list)
     for unit in units:
         todo[unit.plate].append(unit)
     done = read_manifests(uri)
@@ -234,7 +224,7 @@ class _Job:
 
 
 def _run(
-    job: _Job, work: list[Unit], factory: Callable[[], Process], cluster: Cluster
+    job: _Job, work: list[CellRange], factory: Callable[[], Process], cluster: Cluster
 ) -> tuple[dict[str, dict[str, int]], dict[str, str]]:
     waiting = defaultdict(set)
     for number, unit in enumerate(work):
@@ -275,7 +265,7 @@ def _run(
 
 def _map(
     numbers: list[int],
-    work: list[Unit],
+    work: list[CellRange],
     factory: Callable[[], Process],
     job: _Job,
     cluster: Cluster,
@@ -285,10 +275,11 @@ def _map(
 
     room = int(ray.cluster_resources().get("CPU", 1) // cluster.cpus_per_task)
     size = max(1, min(cluster.tasks or room, room, len(numbers)))
-    rows = ray.data.from_items([{"id": n} for n in numbers], override_num_blocks=len(numbers))
+    items = [{"number": n, "unit": json.dumps(asdict(work[n]))} for n in numbers]
+    rows = ray.data.from_items(items, override_num_blocks=len(items))
     mapped = rows.map(
         _Worker,
-        fn_constructor_args=(factory, work, job.folder),
+        fn_constructor_args=(factory, job.folder),
         compute=ActorPoolStrategy(min_size=1, max_size=size, max_tasks_in_flight_per_actor=2),
         num_cpus=cluster.cpus_per_task,
         num_gpus=job.gpus or None,
@@ -297,7 +288,7 @@ def _map(
         yield UnitRecord(**json.loads(row["record"]))
 
 
-def _publish_plate(job: _Job, pairs: list[tuple[Unit, UnitRecord]]) -> dict[str, int]:
+def _publish_plate(job: _Job, pairs: list[tuple[CellRange, UnitRecord]]) -> dict[str, int]:
     plate = pairs[0][0].plate
     before = job.left_out.get(plate, {})
     account: Counter[str] = Counter({"in": sum(before.values()), "out": 0, **before})

@@ -32,7 +32,7 @@ from cp2image.errors import StorageError
 
 DEADLINE_S = 120.0
 """Seconds after which an operation on S3 that keeps failing or gets no answer is given up."""
-_CONNECT_TIMEOUT_S, _REQUEST_TIMEOUT_S, _ATTEMPTS = 5.0, 30.0, 4
+_CONNECT_TIMEOUT_S, _REQUEST_TIMEOUT_S, _ATTEMPTS = 5.0, 20.0, 3
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]+")
 _LEFTOVER = re.compile(r"/\.[0-9a-f]{32}\.tmp$")
 _AWS_ERROR = re.compile(r"AWS Error (?P<code>[A-Z_]+)(?: \(HTTP status (?P<status>\d+)\))?")

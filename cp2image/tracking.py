@@ -3,6 +3,7 @@
 import logging
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -205,6 +206,7 @@ def log_model(recorder: Recorder, config: Config, model: "Model") -> None:
             Schema(columns), Schema([TensorSpec(np.dtype("uint8"), shape, "patches")])
         )
         mlflow.set_tracking_uri(recorder.tracking_uri)
+        warnings.filterwarnings("ignore", message=".*input example was not provided.*")
         with mlflow.start_run(run_id=recorder.run_id):
             mlflow.pyfunc.log_model(
                 name="model",

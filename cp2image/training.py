@@ -1,8 +1,9 @@
 """Train a generator on a measured dataset with Ray Train. Step: beside the other steps."""
 
+import threading
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
@@ -72,9 +73,12 @@ def train(config: Config) -> TrainingResult:
     resumes = state is not None and state["fingerprint"] == mark
     run_id = str(state["run_id"]) if state is not None and resumes else ""
     with record(config, "train", run_id) as recorder:
-        plan = TrainingPlan(config, preparation, dataset.patch_format, recorder, mark)
         _describe(dataset, preparation)
-        _fit(plan, dataset)
+        with _board() as board:
+            _fit(
+                TrainingPlan(config, preparation, dataset.patch_format, recorder, mark, board),
+                dataset,
+            )
         model = load_model(config.train.output)
         log_model(recorder, config, model)
     resumed_from = int(state["step"]) if state is not None and resumes else 0
@@ -82,6 +86,46 @@ def train(config: Config) -> TrainingResult:
     return TrainingResult(
         config.train.output, card.steps, card.metrics, recorder.run_id, resumed_from
     )
+
+
+class _Board:
+    """Holds the newest line of progress between the workers and the driver."""
+
+    def __init__(self) -> None:
+        self._line = ""
+
+    def show(self, line: str) -> None:
+        self._line = line
+
+    def read(self) -> str:
+        return self._line
+
+
+@contextmanager
+def _board() -> Iterator[Any]:
+    """An actor that workers report to; a thread prints what is new on the driver."""
+    import ray
+
+    board = ray.remote(num_cpus=0)(_Board).remote()
+    stop = threading.Event()
+
+    def follow() -> None:
+        shown = ""
+        while not stop.wait(2.0):
+            with suppress(Exception):  # progress is a courtesy: it must never end a run
+                line = ray.get(board.read.remote(), timeout=10)
+                if line != shown:
+                    print(f"train: {line}", flush=True)
+                    shown = line
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield board
+    finally:
+        stop.set()
+        thread.join()
+        ray.kill(board)
 
 
 def _finished(config: Config, mark: str) -> TrainingResult | None:
@@ -112,6 +156,7 @@ def _describe(dataset: CellDataset, preparation: Preparation) -> None:
 
 def _fit(plan: TrainingPlan, dataset: CellDataset) -> None:
     import ray
+    from ray.data import TaskPoolStrategy
     from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
@@ -128,7 +173,7 @@ def _fit(plan: TrainingPlan, dataset: CellDataset) -> None:
     rows = ray.data.from_items(
         [{"id": i} for i in range(len(ranges))], override_num_blocks=len(ranges)
     )
-    cells = rows.map_batches(TrainingRead(ranges, plan.preparation), batch_size=1, num_cpus=0.1)
+    cells = rows.map_batches(TrainingRead(ranges, plan.preparation), batch_size=1, num_cpus=0.1, compute=TaskPoolStrategy(size=2))
     with _scratch(settings.output) as (filesystem_, path):
         trainer = TorchTrainer(
             run_worker,

@@ -28,7 +28,7 @@ from cp2image.figures.patches import figure_pairs
 from cp2image.models.losses import pixel_loss
 from cp2image.models.recipe import OPTIMISERS, Batch, PaperRecipe, Recipe, part_of
 from cp2image.profiles import Preparation
-from cp2image.storage import delete_file, join, list_files, read_bytes, write_bytes
+from cp2image.storage import delete_tree, join, list_files, read_bytes, write_bytes
 from cp2image.tracking import Recorder
 
 STATES = "_resume"
@@ -51,6 +51,8 @@ class TrainingPlan:
         Where rank 0 records.
     fingerprint
         Of all settings that change the weights; states of others are not resumed from.
+    board
+        Ray actor whose ``show`` takes rank 0's lines to the driver; None to print them.
     """
 
     config: Config
@@ -58,6 +60,7 @@ class TrainingPlan:
     patch_format: PatchFormat
     recorder: Recorder
     fingerprint: str
+    board: Any = None
 
 
 class TrainingRead:
@@ -273,7 +276,7 @@ class TrainingLoop:
                 values["train/waiting_share"] = waited / (time.monotonic() - started)
                 if self._rank == 0:
                     recorder.metrics(values, self.step)
-                    self._print(values, elapsed)
+                    self._show(values, elapsed)
                 sums, since = {}, self.step
             if self.step % settings.validate_every == 0 or last:
                 self._average_statistics()
@@ -361,13 +364,16 @@ class TrainingLoop:
         figure = figure_pairs(*pairs, channels=self._plan.patch_format.channels)
         self._plan.recorder.picture(figure, f"validation/step_{self.step:07d}.png")
 
-    def _print(self, values: dict[str, float], elapsed: float) -> None:
+    def _show(self, values: dict[str, float], elapsed: float) -> None:
         rate, total = values["train/cells_per_s"], self._plan.config.train.steps
-        print(
-            f"train: step {self.step:,} of {total:,}  L_MSE {values['train/L_MSE']:.1f}  "
-            f"{rate:.0f} cells/s  {elapsed / 60:.1f} min",
-            flush=True,
+        line = (
+            f"step {self.step:,} of {total:,}  L_MSE {values['train/L_MSE']:.1f}  "
+            f"{rate:.0f} cells/s  {elapsed / 60:.1f} min"
         )
+        if self._plan.board is None:
+            print(f"train: {line}", flush=True)
+        else:
+            self._plan.board.show.remote(line)
 
     def _save_state(self, elapsed: float) -> None:
         if self._rank != 0:
@@ -381,20 +387,19 @@ class TrainingLoop:
         }
         state = {k: v.detach().cpu().contiguous() for k, v in self._recipe.state().items()}
         data = save_tensors(state, metadata={"cp2image": json.dumps(about)})
-        name = f"step-{self.step:09d}.safetensors"
-        older = list_files(folder, ".safetensors")
-        write_bytes(join(folder, name), data)
-        write_bytes(join(folder, "latest.json"), json.dumps({**about, "file": name}).encode())
-        for file in older[:-1]:
-            if not file.endswith(name):
-                delete_file(file)
+        name = f"step-{self.step:09d}"
+        older = {place.rsplit("/", 2)[1] for place in list_files(folder, ".safetensors")}
+        write_bytes(join(folder, name, "state.safetensors"), data)
+        write_bytes(join(folder, "latest.json"), json.dumps({**about, "state": name}).encode())
+        for place in older - {name}:
+            delete_tree(join(folder, place))
 
     def _resume(self) -> None:
         about = read_state(self._plan.config.train.output)
         if about is None or about["fingerprint"] != self._plan.fingerprint:
             return
         folder = join(self._plan.config.train.output, STATES)
-        state = load_tensors(read_bytes(join(folder, about["file"])))
+        state = load_tensors(read_bytes(join(folder, about["state"], "state.safetensors")))
         self._recipe.load_state({k: v.to(self._device) for k, v in state.items()})
         self.step, self._seconds = int(about["step"]), float(about["seconds"])
 

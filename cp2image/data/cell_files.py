@@ -26,7 +26,7 @@ from cp2image.data.compartments import IMAGE_ROW
 from cp2image.data.csv_rows import CsvFile
 from cp2image.data.naming import TABLE_NUMBER, canonical_names
 from cp2image.data.sources import is_file, read_start
-from cp2image.errors import ColumnError, TableError
+from cp2image.errors import ColumnError, StorageError, TableError
 
 _OBJECT_NUMBERS = (
     OBJECT_NUMBER,
@@ -87,7 +87,9 @@ class CellFileReader:
         except (pa.ArrowInvalid, OSError) as error:
             raise self._unreadable(error) from error
 
-    def _unreadable(self, error: Exception) -> TableError:
+    def _unreadable(self, error: Exception) -> TableError | StorageError:
+        if "AWS Error" in str(error):
+            return StorageError(f"{self.uri}: cannot read: {error}")
         return TableError(
             f"{self.uri}: found no readable Parquet ({error}); the file is truncated or of another "
             "format. Copy it again"

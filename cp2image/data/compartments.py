@@ -59,12 +59,12 @@ def join_compartments(
         reverse = f"{base}_Parent_{name}"
         parents = [known for known in to_base if f"{name}_Parent_{known}" in frame]
         if reverse in first and not parents:
-            partner[name] = keys[name].get_indexer(_keys(first, reverse))
+            partner[name] = keys[name].get_indexer(pd.Index(_keys(first, reverse)))
             continue
         if parents:
             parent = parents[0]
             link = f"{name}_Parent_{parent}"
-            found = keys[parent].get_indexer(_keys(frame, link))
+            found = keys[parent].get_indexer(pd.Index(_keys(frame, link)))
             orphan = frame[link].fillna(0).to_numpy() == 0
             _refuse_dangling(frame, link, parent, (found < 0) & ~orphan, where)
             target = np.where(orphan, -1, to_base[parent][found])

@@ -95,7 +95,8 @@ def _read_planes(uri: str, rgb: bool) -> NDArray[Any]:
         elif content.startswith(_PNG_START):
             planes = _decode_png(uri, content, rgb)
         elif content.startswith(_JPEG_START):
-            planes = _channels_first(uri, imagecodecs.jpeg8_decode(content), rgb)
+            with Image.open(io.BytesIO(content)) as picture:
+                planes = _channels_first(uri, np.asarray(picture), rgb)
         else:
             raise FieldError(
                 f"{uri}: found a file that starts with {content[:8]!r}; "

@@ -6,6 +6,7 @@ CellProfiler, CytoTable, pycytominer and users' own files write the same thing a
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import pandas as pd
 
@@ -112,7 +113,7 @@ def _rank(short: str, target: str, variants: tuple[str, ...], channels: set[str]
     return -1
 
 
-def to_text(values: "pd.Series[object]") -> "pd.Series[str]":
+def to_text(values: "pd.Series[Any]") -> "pd.Series[str]":
     """Return values as stripped text: 3.0 as ``3``; empty and missing as missing."""
     if pd.api.types.is_float_dtype(values.dtype) and (values.dropna() % 1 == 0).all():
         values = values.astype("Int64")
@@ -120,7 +121,7 @@ def to_text(values: "pd.Series[object]") -> "pd.Series[str]":
     return text.mask(values.isna() | (text == "") | (text == "<NA>"))
 
 
-def to_number(values: "pd.Series[object]", name: str, where: str) -> "pd.Series[float]":
+def to_number(values: "pd.Series[Any]", name: str, where: str) -> "pd.Series[float]":
     """Return values as float64, missing as NaN.
 
     Raises

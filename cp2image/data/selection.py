@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import numpy as np
 from numpy.typing import NDArray
@@ -172,8 +173,9 @@ def _reason_by_name(name: str, scaling: Scaling) -> str | None:
     column = parse_column(name)
     if column is None:
         return "identifier: not a measurement"
-    if name in scaling.drop:
-        return "unwanted: named in scaling.drop"
+    for pattern in scaling.drop:
+        if fnmatchcase(name, pattern):
+            return f"unwanted: matches {pattern!r} in scaling.drop"
     if column.is_position:
         return "position: says where the cell is, not how it looks"
     if column.category not in scaling.categories:
@@ -195,5 +197,5 @@ def _reason_by_value(index: int, statistics: FeatureStatistics, scaling: Scaling
 
 def _refuse_unknown(wanted: Iterable[str], known: Sequence[str], key: str, what: str) -> None:
     for name in wanted:
-        if name not in known:
+        if name not in known and not any(fnmatchcase(one, name) for one in known):
             raise ConfigError(f"{key}: {name!r} is no {what}{nearest(name, known)}")

@@ -45,9 +45,15 @@ def read_source(uri: str, error: type[Cp2ImageError]) -> bytes:
 
 
 def is_file(uri: str) -> bool:
-    """Tell whether ``uri`` is one file (not a folder, not missing)."""
+    """Tell whether ``uri`` is one file, not a folder and not missing.
+
+    Raises
+    ------
+    StorageError
+        If that cannot be told.
+    """
     files, path = storage.filesystem(uri)
-    return bool(files.get_file_info(path).is_file)
+    return storage.exists(uri) and bool(files.get_file_info(path).is_file)
 
 
 def read_start(uri: str, error: type[Cp2ImageError]) -> bytes:
@@ -63,8 +69,11 @@ def read_start(uri: str, error: type[Cp2ImageError]) -> bytes:
     if not storage.exists(uri):
         raise StorageError(f"{uri}: not found; check the path, the bucket and its region")
     files, path = storage.filesystem(uri)
-    with files.open_input_file(path) as source:
-        start = bytes(source.read(64))
+    try:
+        with files.open_input_file(path) as source:
+            start = bytes(source.read(64))
+    except OSError as failure:
+        raise StorageError(f"{uri}: cannot read: {failure}") from failure
     refuse_placeholder(uri, start, error)
     return start
 

@@ -103,15 +103,12 @@ class Table:
         require_columns(names_of(rows), [IMAGE_NUMBER], self.uri)
         for join in self._joins:
             rows = join.add_to(rows, self.uri)
-        defaults = {
-            PLATE: DEFAULT_PLATE,
-            WELL: DEFAULT_WELL,
-            SITE: rows[IMAGE_NUMBER].astype("str"),
-        }
-        for name, value in defaults.items():
+        defaults = pd.DataFrame({PLATE: DEFAULT_PLATE, WELL: DEFAULT_WELL}, index=rows.index)
+        defaults[SITE] = rows[IMAGE_NUMBER].astype("str")
+        for name in names_of(defaults):
             missing = rows[name].isna() if name in rows else pd.Series(True, index=rows.index)
             if missing.all():
-                rows[name] = value
+                rows[name] = defaults[name]
             elif missing.any():
                 number = rows.loc[missing, IMAGE_NUMBER].iloc[0]
                 raise TableError(

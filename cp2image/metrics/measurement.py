@@ -38,7 +38,7 @@ FAMILIES = (
     "Correlation",
 )
 _NUCLEAR_STAINS = ("dna", "dapi", "hoechst", "draq5", "nuclei", "nucleus")
-_BATCH_PIXELS = 600_000
+_BATCH_PIXELS = 2_000_000
 
 
 def measure(

@@ -122,7 +122,7 @@ def _find_li_threshold(levels: NDArray[np.float64]) -> float:
     """
     size, smallest = levels.size, levels[0]
     if levels[size - 1] == smallest:
-        return smallest
+        return float(smallest)
     sums = np.empty(size + 1)
     sums[0] = 0.0
     gap = np.inf
@@ -142,7 +142,7 @@ def _find_li_threshold(levels: NDArray[np.float64]) -> float:
         if back == 0:
             break
         threshold = (back - fore) / (np.log(back) - np.log(fore))
-    return threshold + smallest
+    return float(threshold + smallest)
 
 
 @compile_kernel

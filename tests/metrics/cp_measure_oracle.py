@@ -102,7 +102,7 @@ def measure_correlation(labels, first, second, a, b):
     pearson = measurecolocalization.get_correlation_pearson(first, second, labels)
     manders = measurecolocalization.get_correlation_manders_fold(first, second, labels)
     rwc = measurecolocalization.get_correlation_rwc(first, second, labels)
-    overlap = measurecolocalization.get_correlation_overlap(first, second, labels)
+    overlap = measure_overlap(labels, first, second)
     return {
         f"Correlation_Correlation_{a}_{b}": pearson["Correlation_Pearson"][0],
         f"Correlation_Slope_{a}_{b}": pearson["Correlation_Slope"][0],
@@ -114,3 +114,15 @@ def measure_correlation(labels, first, second, a, b):
         f"Correlation_RWC_{a}_{b}": rwc["Correlation_RWC_1"][0],
         f"Correlation_RWC_{b}_{a}": rwc["Correlation_RWC_2"][0],
     }
+
+
+def measure_overlap(labels, first, second):
+    try:
+        return measurecolocalization.get_correlation_overlap(first, second, labels)
+    except ZeroDivisionError:  # it divides plain floats; CellProfiler's numpy gives NaN or inf
+        x, y = first[labels > 0], second[labels > 0]
+        above = (x >= 0.15 * x.max()) & (y >= 0.15 * y.max())
+        xx, yy, xy = (x * x)[above].sum(), (y * y)[above].sum(), (x * y)[above].sum()
+        values = xy / np.sqrt(xx * yy), xy / xx, xy / yy
+        names = "Correlation_Overlap", "Correlation_K_1", "Correlation_K_2"
+        return {name: [value] for name, value in zip(names, values, strict=True)}

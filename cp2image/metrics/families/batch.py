@@ -30,7 +30,7 @@ class Batch:
     @property
     def objects(self) -> int:
         """Number of (image, compartment) pairs, empty masks included."""
-        return self.masks.shape[0] * self.masks.shape[1]
+        return int(self.masks.shape[0] * self.masks.shape[1])
 
     @cached_property
     def order(self) -> NDArray[np.int32]:
@@ -78,7 +78,7 @@ def scale_images(images: NDArray[np.generic], first: int = 0) -> NDArray[np.floa
     """
     scaled = np.ascontiguousarray(images, dtype=np.float64)
     if np.issubdtype(images.dtype, np.integer):
-        scaled = scaled / np.iinfo(images.dtype).max
+        scaled = scaled / np.iinfo(str(images.dtype)).max
     fine = (scaled >= 0) & (scaled <= 1)
     if not fine.all():
         n, c, y, x = np.argwhere(~fine)[0]

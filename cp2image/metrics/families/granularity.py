@@ -4,10 +4,11 @@ CellProfiler's MeasureGranularity: subsample the image, subtract its opening wit
 10 (taken at a quarter of that size), then 16 times erode, reconstruct under the image (Vincent
 2000), scale back and take the object's mean; each step's loss is in per cent of the object's mean
 intensity. It works on the whole patch, so the steps are shared by all masks of a channel.
-A patch that subsamples to less than 2 pixels has NaN.
+A patch that subsamples to less than 2 pixels has NaN; a loss of less than 1e-12 per cent, mere
+rounding, is 0.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ from cp2image.metrics.families.kernel import compile_kernel
 _STEPS = 16
 _RADIUS = 10
 _BACKGROUND_SUBSAMPLE = 0.25
+_ROUNDING = 1e-12
 
 
 def list_granularity(channels: tuple[str, ...]) -> list[str]:
@@ -37,50 +39,106 @@ def measure_granularity(batch: Batch, subsample: float) -> NDArray[np.float64]:
     values = np.full((n, compartments, channels, _STEPS), np.nan)
     rows, columns = int(height * subsample), int(width * subsample)
     if min(rows, columns) >= 2:
-        y, x = _make_scalings(height, rows, subsample), _make_scalings(width, columns, subsample)
-        small = y.down @ batch.images @ x.down.T
-        background = np.ascontiguousarray(y.background_down @ small @ x.background_down.T)
+        y, x = _make_grids(height, rows, subsample), _make_grids(width, columns, subsample)
+        small = _resample(batch.images, y.down, x.down)
+        background = _resample(small, y.background_down, x.background_down)
         _open_images(background)
-        small = np.maximum(small - y.background_up @ background @ x.background_up.T, 0.0)
-        areas = batch.masks.sum(axis=(2, 3), dtype=np.float64)[:, :, None, None]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            weights = (y.up.T @ batch.masks.astype(np.float64) @ x.up) / areas
-        _measure_spectra(small, np.ascontiguousarray(weights), batch.images, batch.masks, values)
+        background = _resample(background, y.background_up, x.background_up)
+        small = np.maximum(small - background, 0.0)
+        weights = _spread_masks(batch.masks, y.up, x.up, rows, columns)
+        _measure_spectra(small, weights, batch.images, batch.masks, values)
     return values.reshape(n, compartments, -1)
 
 
-class _Scalings(NamedTuple):
-    """Linear interpolations along one axis, as matrices that take the old grid to the new."""
+class _Points(NamedTuple):
+    """Points on a line of pixels: the pixel before each, its weight and that of the next."""
 
-    down: NDArray[np.float64]
-    background_down: NDArray[np.float64]
-    background_up: NDArray[np.float64]
-    up: NDArray[np.float64]
+    before: NDArray[np.int64]
+    weight: NDArray[np.float64]
+    next_weight: NDArray[np.float64]
 
 
-def _make_scalings(side: int, small: int, subsample: float) -> _Scalings:
+class _Grids(NamedTuple):
+    """Where the pixels of each image lie on the image that it is interpolated from."""
+
+    down: _Points
+    background_down: _Points
+    background_up: _Points
+    up: _Points
+
+
+def _make_grids(side: int, small: int, subsample: float) -> _Grids:
+    """Place the grids of one axis, as CellProfiler does, whose last points may miss the border."""
     background = small * _BACKGROUND_SUBSAMPLE
     coarse = np.arange(0, background) / _BACKGROUND_SUBSAMPLE
-    return _Scalings(
-        down=_interpolate(np.arange(small) / subsample, side),
-        background_down=_interpolate(coarse, small),
-        background_up=_interpolate(
-            np.arange(small) * ((background - 1) / (small - 1)), len(coarse)
-        ),
-        up=_interpolate(np.arange(side) * ((small - 1) / (side - 1)), small),
+    shrink, grow = (background - 1) / (small - 1), (small - 1) / (side - 1)
+    return _Grids(
+        down=_place_points(np.arange(small) / subsample, side),
+        background_down=_place_points(coarse, small),
+        background_up=_place_points(np.arange(small) * shrink, len(coarse)),
+        up=_place_points(np.arange(side) * grow, small),
     )
 
 
-def _interpolate(coordinates: NDArray[np.float64], side: int) -> NDArray[np.float64]:
-    """Weights of the pixels of a line of ``side`` at ``coordinates``; 0 beyond its ends."""
-    matrix = np.zeros((len(coordinates), side))
-    for row, coordinate in enumerate(coordinates):
-        if 0 <= coordinate <= side - 1:
-            low = int(coordinate)
-            matrix[row, low] = 1 - (coordinate - low)
-            if low + 1 < side:
-                matrix[row, low + 1] = coordinate - low
-    return matrix
+def _place_points(coordinates: NDArray[np.floating[Any]], side: int) -> _Points:
+    """Split coordinates on a line of ``side`` pixels; beyond its ends all weights are 0."""
+    before = np.floor(coordinates)
+    part = coordinates - before
+    inside = (coordinates >= 0) & (coordinates <= side - 1)
+    weight = np.where(inside, 1 - part, 0.0)
+    next_weight = np.where(inside & (before < side - 1), 1 - weight, 0.0)
+    return _Points(np.clip(before, 0, side - 1).astype(np.int64), weight, next_weight)
+
+
+@compile_kernel
+def _resample(images: NDArray[np.float64], rows: _Points, columns: _Points) -> NDArray[np.float64]:
+    """Interpolate every image bilinearly, adding in the order of scipy's ``map_coordinates``."""
+    n, channels, height, width = images.shape
+    result = np.empty((n, channels, rows.weight.size, columns.weight.size))
+    for i in range(n):
+        for c in range(channels):
+            image = images[i, c]
+            for v in range(rows.weight.size):
+                y, top, bottom = rows.before[v], rows.weight[v], rows.next_weight[v]
+                below = min(y + 1, height - 1)
+                for u in range(columns.weight.size):
+                    x, left, right = columns.before[u], columns.weight[u], columns.next_weight[u]
+                    beside = min(x + 1, width - 1)
+                    result[i, c, v, u] = (
+                        image[y, x] * top * left
+                        + image[y, beside] * top * right
+                        + image[below, x] * bottom * left
+                        + image[below, beside] * bottom * right
+                    )
+    return result
+
+
+@compile_kernel
+def _spread_masks(
+    masks: NDArray[np.uint8], rows: _Points, columns: _Points, height: int, width: int
+) -> NDArray[np.float64]:
+    """Weights of a small image's pixels in the mean of a mask over the image scaled back up."""
+    n, compartments, full_height, full_width = masks.shape
+    weights = np.zeros((n, compartments, height, width))
+    for i in range(n):
+        for k in range(compartments):
+            target = weights[i, k]
+            area = 0
+            for v in range(full_height):
+                y, top, bottom = rows.before[v], rows.weight[v], rows.next_weight[v]
+                below = min(y + 1, height - 1)
+                for u in range(full_width):
+                    if masks[i, k, v, u]:
+                        x = columns.before[u]
+                        left, right = columns.weight[u], columns.next_weight[u]
+                        beside = min(x + 1, width - 1)
+                        area += 1
+                        target[y, x] += top * left
+                        target[y, beside] += top * right
+                        target[below, x] += bottom * left
+                        target[below, beside] += bottom * right
+            target /= area
+    return weights
 
 
 @compile_kernel
@@ -139,7 +197,8 @@ def _measure_spectra(
                     for y in range(height):
                         for x in range(width):
                             mean += weights[n, k, y, x] * rebuilt[y, x]
-                    values[n, k, c, step] = (current[k] - mean) * 100 / start[k]
+                    loss = (current[k] - mean) * 100 / start[k]
+                    values[n, k, c, step] = loss if abs(loss) > _ROUNDING else 0.0
                     current[k] = mean
 
 

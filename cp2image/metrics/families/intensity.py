@@ -86,7 +86,7 @@ def _locate(
 def _find_centre(
     image: NDArray[np.float64], mask: NDArray[np.uint8]
 ) -> tuple[float, tuple[float, float], tuple[int, int]]:
-    """Return the sum, its centre of mass and the first of its brightest pixels, as (row, column)."""
+    """Return the sum, its centre (row, column) and the first of the brightest pixels."""
     total, row_sum, column_sum = 0.0, 0.0, 0.0
     largest, row, column = -np.inf, 0, 0
     for y in range(mask.shape[0]):
@@ -159,7 +159,7 @@ def _interpolate(levels: NDArray[np.float64], position: float) -> float:
     last = levels.size - 1
     low = min(int(position), last)
     part = position - low
-    return levels[low] * (1.0 - part) + levels[min(low + 1, last)] * part
+    return float(levels[low] * (1.0 - part) + levels[min(low + 1, last)] * part)
 
 
 @compile_kernel

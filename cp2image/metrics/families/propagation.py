@@ -104,9 +104,7 @@ def _relax(
 
 
 @compile_kernel
-def _measure_steps(
-    image: NDArray[np.float64], weight: float, costs: NDArray[np.float64]
-) -> None:
+def _measure_steps(image: NDArray[np.float64], weight: float, costs: NDArray[np.float64]) -> None:
     """Cost of the step from each pixel to its neighbour opposite to direction 0 … 3."""
     height, width = image.shape
     padded = np.empty((height + 4, width + 4))

@@ -73,9 +73,7 @@ def _find_centre(squared: NDArray[np.int64]) -> tuple[int, int]:
 
 
 @compile_kernel
-def _travel(
-    mask: NDArray[np.uint8], row: int, column: int, travelled: NDArray[np.float64]
-) -> None:
+def _travel(mask: NDArray[np.uint8], row: int, column: int, travelled: NDArray[np.float64]) -> None:
     """Fill the shortest 8-connected way from the centre inside the mask, inf where there is none.
 
     Sweeps forwards and backwards until nothing gets shorter.
@@ -176,4 +174,4 @@ def _measure_variation(sums: NDArray[np.float64], counts: NDArray[np.float64]) -
     for i in range(sums.size):
         if counts[i] > 0:
             spread += (sums[i] / counts[i] - mean) ** 2
-    return np.sqrt(spread / wedges) / mean
+    return float(np.sqrt(spread / wedges) / mean)

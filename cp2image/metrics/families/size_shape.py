@@ -213,7 +213,7 @@ def _find_orientation(inertia: tuple[float, float, float]) -> float:
     """Angle of the major axis in radians, as scikit-image defines it."""
     if inertia[0] == inertia[2]:
         return np.pi / 4 if inertia[1] < 0 else -np.pi / 4
-    return 0.5 * np.arctan2(-2 * inertia[1], inertia[2] - inertia[0])
+    return float(0.5 * np.arctan2(-2 * inertia[1], inertia[2] - inertia[0]))
 
 
 @compile_kernel
@@ -278,7 +278,7 @@ def _stretch_chain(
 
 @compile_kernel
 def _measure_perimeter(crop: NDArray[np.uint8]) -> float:
-    """Benkrid and Crookes' perimeter of the 4-connected border, as ``skimage.measure.perimeter``."""
+    """Benkrid and Crookes' perimeter of the 4-connected border, as in scikit-image."""
     height, width = crop.shape
     border = np.zeros((height + 2, width + 2), np.uint8)
     for y in range(height):
@@ -303,15 +303,15 @@ def _measure_perimeter(crop: NDArray[np.uint8]) -> float:
                     + border[y + 1, x - 1]
                     + border[y + 1, x + 1]
                 )
-                if (sides == 2 or sides == 3) and corners <= 2:
+                if 2 <= sides <= 3 and corners <= 2:
                     straight += 1
                 elif sides == 0 and corners == 2:
                     diagonal += 1
-                elif sides == 1 and (corners == 1 or corners == 2):
+                elif sides == 1 and 1 <= corners <= 2:
                     mixed += 1
                 elif sides == 1 and corners == 3:
                     diagonal += 1
-    return straight + diagonal * np.sqrt(2.0) + mixed * (1 + np.sqrt(2.0)) / 2
+    return float(straight + diagonal * np.sqrt(2.0) + mixed * (1 + np.sqrt(2.0)) / 2)
 
 
 @compile_kernel

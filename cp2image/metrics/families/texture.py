@@ -121,7 +121,7 @@ def _summarise_pairs(
 ) -> None:
     """Fill the 13 features from the counts, and clear the counts.
 
-    With counts c of a matrix that sums to T, an entropy is log2(T) - sum(c log2(c)) / T;
+    With counts c of a matrix that sums to T, an entropy is (T log2(T) - sum(c log2(c))) / T;
     ``products`` holds c * log2(c).
     """
     marginal = np.zeros(levels, np.int64)
@@ -166,9 +166,8 @@ def _summarise_pairs(
         sum_squares += level * level * sums[level]
     scale = float(total) * total
     variance = (total * second - first * first) / scale
-    log_total = np.log2(total)
-    entropy = log_total - logs / total
-    marginal_entropy = log_total - marginal_logs / total
+    entropy = (products[total] - logs) / total
+    marginal_entropy = (products[total] - marginal_logs) / total
     information = 2 * marginal_entropy - entropy
     row[0] = squares / scale
     row[1] = contrast / total
@@ -179,9 +178,9 @@ def _summarise_pairs(
     row[4] = homogeneity / total
     row[5] = 2 * first / total
     row[6] = (total * sum_squares - 4 * first * first) / scale
-    row[7] = log_total - sum_logs / total
+    row[7] = (products[total] - sum_logs) / total
     row[8] = entropy
     row[9] = difference_squares / levels
-    row[10] = log_total - difference_logs / total
+    row[10] = (products[total] - difference_logs) / total
     row[11] = -information / marginal_entropy if marginal_entropy != 0 else -information
     row[12] = np.sqrt(max(0.0, 1 - np.exp(-2 * information)))

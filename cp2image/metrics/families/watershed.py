@@ -14,7 +14,7 @@ def mark_peaks(
     spacing: int,
     labels: NDArray[np.int32],
 ) -> int:
-    """Number the local maxima of the foreground, highest first, and return how many there are.
+    """Return the number of local maxima of the foreground, numbered from the highest.
 
     A peak is the highest foreground pixel within ``spacing`` rows and columns; of two that are
     closer than ``spacing`` the lower, or the later, goes (``skimage.feature.peak_local_max``).
@@ -29,12 +29,14 @@ def mark_peaks(
     for y in range(height):
         for x in range(width):
             value = heights[y, x]
-            if foreground[y, x] and value > floor:
-                if _is_highest(heights, foreground, y, x, 1) and _is_highest(
-                    heights, foreground, y, x, spacing
-                ):
-                    rows[found], columns[found], values[found] = y, x, value
-                    found += 1
+            if (
+                foreground[y, x]
+                and value > floor
+                and _is_highest(heights, foreground, y, x, 1)
+                and _is_highest(heights, foreground, y, x, spacing)
+            ):
+                rows[found], columns[found], values[found] = y, x, value
+                found += 1
     kept = 0
     for i in np.argsort(-values[:found], kind="mergesort"):
         y, x = rows[i], columns[i]
@@ -64,8 +66,9 @@ def _is_highest(
 def flood_watershed(
     heights: NDArray[np.float64], foreground: NDArray[np.bool_], labels: NDArray[np.int32]
 ) -> None:
-    """Grow the numbered peaks downhill over 4 neighbours, in place; the order of
-    ``skimage.segmentation.watershed`` of ``-heights``: highest first, then first come.
+    """Grow the numbered peaks downhill over 4 neighbours, in place.
+
+    In the order of ``skimage.segmentation.watershed``: highest first, then first come.
     """
     height, width = heights.shape
     size = height * width

@@ -1,0 +1,277 @@
+"""Real against generated cells: correlations, distances, control, pictures. Step.
+
+Both sets are brought to the model's normalisation and to 8 bits, then measured by the same code.
+The real cells are those the generated ones were drawn for, so plates, wells and treatments match.
+"""
+
+import io
+import json
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from cp2image.checkpoint import Model, load_model
+from cp2image.cluster import join_cluster
+from cp2image.columns import COMPOUND, CONCENTRATION, PLATE, WELL
+from cp2image.config import Config
+from cp2image.data.identity import cell_keys
+from cp2image.data.schema import decode_metadata
+from cp2image.dataset import CellDataset, open_dataset
+from cp2image.errors import EvaluationError
+from cp2image.evaluation_sets import EvaluationSet, gather_cells
+from cp2image.figures.canvas import save
+from cp2image.figures.curves import best_features, correlation_boxes, correlation_curve
+from cp2image.figures.patches import figure_pairs
+from cp2image.metrics.correlation import (
+    bootstrap_correlation,
+    compared_features,
+    feature_correlation,
+    group_moments,
+    summarise_correlation,
+)
+from cp2image.metrics.embedding import CellProfilerEmbedding
+from cp2image.metrics.frechet import Moments, frechet_distance, kernel_distance
+from cp2image.storage import join, write_bytes
+from cp2image.tracking import record
+
+_SHOWN = 24
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an evaluation found; ``report.json`` holds the same.
+
+    Attributes
+    ----------
+    uri
+        The report's folder.
+    protocol
+        Everything that changes the numbers: sets, sizes, normalisation, embeddings.
+    correlation
+        Share of features with r > 0.5, mean r and so on, for the model, the ceiling (real patches
+        against the input table) and the shuffle control.
+    distances
+        Embedding → Fréchet and kernel distances, with the real-against-real floor.
+    """
+
+    uri: str
+    protocol: dict[str, Any]
+    correlation: dict[str, Any]
+    distances: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        n = self.protocol["cells"]
+        lines = [f"{self.uri}: {n:,} generated cells against the {n:,} real ones"]
+        for name, found in self.correlation.items():
+            lines.append(
+                f"  feature correlation, {name}: {100 * found['share_above_half']:.0f} % of "
+                f"{found['features']} features with r > 0.5, mean r {found['mean_r']:.2f}"
+            )
+        for name, found in self.distances.items():
+            lines.append(
+                f"  Fréchet distance, {name} ({found['dimension']} dimensions): "
+                f"{found['frechet']:.3g} at n = {n:,}; at n = {found['half_n']:,}: "
+                f"{found['frechet_half']:.3g} against a real-real floor of {found['floor_half']:.3g}"
+            )
+        return "\n".join(lines)
+
+
+def evaluate(config: Config) -> Report:
+    """Compare ``evaluate.generated`` with the real cells it was drawn for; publish a report.
+
+    Raises
+    ------
+    DatasetError, CheckpointError
+        If an input is missing.
+    EvaluationError
+        If the sets share no cells, or are too small for an embedding.
+    """
+    settings = config.evaluate
+    real, generated = open_dataset(settings.real), open_dataset(settings.generated)
+    model = load_model(settings.checkpoint)
+    if generated.patch_format.channels != real.patch_format.channels:
+        raise EvaluationError(
+            f"{settings.generated} has channels {generated.patch_format.channels}, "
+            f"{settings.real} has {real.patch_format.channels}; compare like with like"
+        )
+    join_cluster(config.cluster)
+    with record(config, "evaluate") as recorder:
+        pairs = _pair(real, generated, settings.cells, settings)
+        print(f"evaluate: {len(pairs):,} cells in both sets", flush=True)
+        sets = gather_cells(config, model, real, generated, pairs)
+        report = _report(config, model, sets)
+        recorder.metrics(_flat(report))
+        recorder.folder(settings.output, "report")
+    return report
+
+
+def _pair(
+    real: CellDataset, generated: CellDataset, most: int, settings: Any
+) -> pd.DataFrame:
+    """Return the metadata of the cells in both sets, at most ``most``, taken evenly over wells."""
+    tables = []
+    for dataset in (generated, real):
+        plates = sorted(set(generated.manifests) & set(real.manifests))
+        frames = [decode_metadata(t) for t in dataset.read(dataset.metadata, plates)] if plates else []
+        frame = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+        tables.append(frame.assign(key=cell_keys(frame)) if len(frame) else frame)
+    drawn, known = tables
+    both = drawn[drawn["key"].isin(known["key"])] if len(drawn) and len(known) else drawn.iloc[:0]
+    if both.empty:
+        raise EvaluationError(
+            f"{settings.generated} and {settings.real} share no cell (same plate, well, site, "
+            "image and object number); evaluate a screen against the cells it was generated from"
+        )
+    both = both.sort_values("key")
+    turn = both.groupby([PLATE, WELL]).cumcount()
+    chosen = both.assign(turn=turn).sort_values(["turn", "key"]).head(most)
+    return chosen.drop(columns="turn").sort_values("key", ignore_index=True)
+
+
+def _report(config: Config, model: Model, sets: EvaluationSet) -> Report:
+    settings = config.evaluate
+    out = settings.output
+    names = list(compared_features(sets.real.measured))
+    real, drawn, table = sets.real.measured, sets.generated.measured, sets.real.table
+    tables = {"model": feature_correlation(real, drawn, names)}
+    shared = [name for name in names if name in table]
+    tables["ceiling"] = feature_correlation(table[shared], real[shared], shared)
+    if sets.shuffled is not None:
+        held = real.iloc[sets.shuffled_rows].reset_index(drop=True)
+        tables["shuffle control"] = feature_correlation(held, sets.shuffled, names)
+    groups = (sets.cells[PLATE].astype(str) + "/" + sets.cells[WELL].astype(str)).tolist()
+    summary = {name: summarise_correlation(table) for name, table in tables.items()}
+    if len(set(groups)) > 1:
+        interval = bootstrap_correlation(
+            group_moments(real, drawn, groups, names), resamples=200
+        )
+        summary["model"]["interval_95_by_well"] = interval.summary
+    distances = _distances(config, sets)
+    protocol = {
+        "cells": len(sets.cells),
+        "plates": sorted(sets.cells[PLATE].astype(str).unique()),
+        "wells": len(set(groups)),
+        "pairing": "each generated cell against the real cell its features came from",
+        "normalisation": f"{model.intensity.kind}, clamped to [0, 1], 8 bit, both sets",
+        "measured": f"{len(names)} features without positions, the same code on both sets",
+        "without_nucleus": {
+            "real": sets.real.without_nucleus, "generated": sets.generated.without_nucleus
+        },
+        "angles": "circular correlation (Jammalamadaka and SenGupta)",
+        "shuffle_control_cells": 0 if sets.shuffled is None else len(sets.shuffled),
+        "ceiling": "features of the real patches against the same features in the input table",
+        "checkpoint": {"uri": settings.checkpoint, "sha256": model.hash, "steps": model.card.steps},
+    }
+    report = Report(out, protocol, summary, distances)
+    for name, table in tables.items():
+        text = io.StringIO()
+        table.sort_values("r", ascending=False).to_csv(text, index=False)
+        write_bytes(join(out, f"correlation_{name.replace(' ', '_')}.csv"), text.getvalue().encode())
+    _draw(out, model, sets, tables)
+    write_bytes(join(out, "_config.yaml"), config.yaml().encode())
+    content = {"protocol": protocol, "correlation": summary, "distances": distances}
+    write_bytes(join(out, "report.json"), json.dumps(content, indent=1, default=str).encode())
+    return report
+
+
+def _draw(out: str, model: Model, sets: EvaluationSet, tables: dict[str, pd.DataFrame]) -> None:
+    figure = correlation_curve(
+        tables["model"], ceiling=tables["ceiling"], shuffled=tables.get("shuffle control"),
+        title=f"{len(sets.cells):,} cells, {model.card.preset}",
+    )
+    save(figure, join(out, "correlation.png"))
+    best = best_features(sets.real.measured, sets.generated.measured, tables["model"])
+    save(best, join(out, "best_features.png"))
+    save(correlation_boxes(tables["model"]), join(out, "correlation_by_category.png"))
+    shown = _spread(sets.cells, _SHOWN)
+    titles = None
+    if COMPOUND in sets.cells:
+        part = sets.cells.iloc[shown]
+        dose = part[CONCENTRATION] if CONCENTRATION in part else [""] * len(part)
+        titles = [f"{c} {d:g}" if isinstance(d, float) and d else f"{c}"
+                  for c, d in zip(part[COMPOUND], dose, strict=True)]
+    figure = figure_pairs(
+        sets.real.patches[shown], sets.generated.patches[shown], model.channels, titles=titles
+    )
+    save(figure, join(out, "cells.png"))
+
+
+def _spread(cells: pd.DataFrame, count: int) -> NDArray[np.int64]:
+    """Choose cells over as many treatments as there are, one of each in turn."""
+    columns = [name for name in (COMPOUND, CONCENTRATION) if name in cells] or [PLATE]
+    turn = cells.groupby(columns, dropna=False).cumcount()
+    order = cells.assign(turn=turn).sort_values(["turn", *columns], kind="stable").index
+    return order.to_numpy()[:count]
+
+
+def _distances(config: Config, sets: EvaluationSet) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    real, drawn = sets.real.measured, sets.generated.measured
+    complete = (real.notna().any(axis=1) & drawn.notna().any(axis=1)).to_numpy()
+    for name in config.evaluate.embeddings:
+        if name == "cp":
+            embedding = CellProfilerEmbedding.fit(real[complete])
+            vectors = [embedding.embed(part[complete]) for part in (real, drawn)]
+            protocol: dict[str, Any] = dict(embedding.protocol)
+        else:
+            vectors = [part.embedded[name] for part in (sets.real, sets.generated)]
+            protocol = sets.protocols[name]
+        found[name] = {**_compare(*vectors), **protocol}
+    if sets.shuffled is not None and "cp" in found:
+        embedding = CellProfilerEmbedding.fit(real[complete])
+        rows = sets.shuffled_rows
+        sound = sets.shuffled.notna().any(axis=1).to_numpy() & complete[rows]
+        held, plain = real.iloc[rows][sound], drawn.iloc[rows][sound]
+        parts = [Moments.of(embedding.embed(p)) for p in (held, plain, sets.shuffled[sound])]
+        found["cp"]["shuffle_control"] = {
+            "n": int(sound.sum()),
+            "frechet": frechet_distance(parts[0], parts[1], allow_singular=True),
+            "frechet_shuffled": frechet_distance(parts[0], parts[2], allow_singular=True),
+        }
+    return found
+
+
+def _compare(real: NDArray[np.float32], drawn: NDArray[np.float32]) -> dict[str, Any]:
+    """Distances at full size, and at half size beside the floor of real against real.
+
+    Half the real cells stand against the other half (the floor) and against the generated cells
+    of that other half, so floor and distance have the same size and the same wells.
+    """
+    order = np.random.default_rng(0).permutation(len(real))
+    first, second = order[0::2], order[1::2]
+    small = len(second) <= real.shape[1]
+    kernel = kernel_distance(real, drawn)
+    floor = kernel_distance(real[first], real[second])
+    half = [Moments.of(part) for part in (real[first], real[second], drawn[second])]
+    return {
+        "n": len(real),
+        "dimension": real.shape[1],
+        "frechet": frechet_distance(Moments.of(real), Moments.of(drawn), allow_singular=small),
+        "half_n": len(second),
+        "frechet_half": frechet_distance(half[0], half[2], allow_singular=small),
+        "floor_half": frechet_distance(half[0], half[1], allow_singular=small),
+        "singular": small,
+        "kernel": kernel.mean,
+        "kernel_standard_error": kernel.standard_error,
+        "kernel_floor": floor.mean,
+        "kernel_floor_standard_error": floor.standard_error,
+    }
+
+
+def _flat(report: Report) -> dict[str, float]:
+    values: dict[str, float] = {}
+    for name, found in report.correlation.items():
+        label = name.replace(" ", "_")
+        for key in ("share_above_half", "mean_r", "median_r"):
+            if found.get(key) is not None:
+                values[f"correlation/{label}/{key}"] = float(found[key])
+    for name, found in report.distances.items():
+        for key in ("frechet", "frechet_half", "floor_half", "kernel", "kernel_floor"):
+            values[f"distance/{name}/{key}"] = float(found[key])
+    return values
+
+

@@ -1,0 +1,11 @@
+"""Compare generated cells with the real ones they were drawn for.
+
+ray job submit --working-dir . -- python jobs/evaluate.py --config configs/bbbc021.yaml
+Reads evaluate.real, evaluate.generated and the checkpoint; writes the report evaluate.output.
+"""
+
+from cp2image.command import run_job
+from cp2image.evaluation import evaluate
+
+if __name__ == "__main__":
+    raise SystemExit(run_job(__doc__, evaluate))
