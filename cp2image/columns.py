@@ -13,7 +13,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 from cp2image.errors import ColumnError
 
@@ -24,7 +23,7 @@ COMPOUND, CONCENTRATION, MOA = "Metadata_Compound", "Metadata_Concentration", "M
 IDENTITY = (PLATE, WELL, SITE, IMAGE_NUMBER, OBJECT_NUMBER)
 """The columns that name one cell; they seed its noise, so results do not depend on order."""
 
-Category = Literal[
+CATEGORIES = (
     "AreaShape",
     "Correlation",
     "Granularity",
@@ -33,8 +32,7 @@ Category = Literal[
     "Neighbors",
     "RadialDistribution",
     "Texture",
-]
-CATEGORIES: tuple[Category, ...] = get_args(Category)
+)
 _MEASUREMENT = re.compile(
     rf"(?P<compartment>[^\W\d_]\w*?)_(?P<category>{'|'.join(CATEGORIES)})_(?P<rest>.+)"
 )

@@ -18,10 +18,9 @@ from pydantic import (
     Field,
     StringConstraints,
     ValidationError,
-    model_validator,
 )
 
-from cp2image.columns import CATEGORIES, Category, nearest
+from cp2image.columns import CATEGORIES, nearest
 from cp2image.config_errors import explain
 from cp2image.errors import ConfigError
 from cp2image.storage import filesystem, join, read_bytes
@@ -167,15 +166,6 @@ class Split(Section):
     test_plates: list[str] = []
     """Plates named here are held out whole; the shares then apply to the others."""
 
-    @model_validator(mode="after")
-    def _leave_some_to_train(self) -> "Split":
-        if self.validation + self.test >= 1:
-            raise ValueError("validation and test together must be less than 1")
-        both = sorted(set(self.validation_plates) & set(self.test_plates))
-        if both:
-            raise ValueError(f"plate {both[0]!r} is in both validation_plates and test_plates")
-        return self
-
 
 class Scaling(Section):
     """Feature selection and per-plate scaling against the negative control."""
@@ -187,7 +177,7 @@ class Scaling(Section):
     """Scaled features are limited to ± this many robust standard deviations."""
     max_missing: Share = 0.05
     """A feature missing in a larger share of the training cells is left out."""
-    categories: list[Category] = [c for c in CATEGORIES if c != "Location"]
+    categories: list[str] = [c for c in CATEGORIES if c != "Location"]
     drop: list[str] = []
     """Further columns to leave out, by name or pattern (``*_ZernikePhase_*``)."""
 

@@ -259,7 +259,7 @@ def write_bytes(uri: str, data: bytes) -> None:
         if _is_local(files):
             _replace(Path(path), content)
             return
-        with files.open_output_stream(path) as sink:
+        with files.open_output_stream(path, compression=None) as sink:
             sink.write(content)
         size = files.get_file_info(path).size
         if size != content.size:

@@ -5,12 +5,13 @@ of the patch are free. At 453 features, 3 channels and 68 px the generator has 4
 and both networks together 544,744.
 """
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
+
+from cp2image.models.leading_norm import LeadingBatchNorm
+from cp2image.models.upsampling import upsample_convolve
 
 KERNEL, WIDTH, SLOPE = 5, 32, 0.01
 _GROWTH = KERNEL - 1
@@ -71,43 +72,15 @@ class Generator(nn.Module):
         """Map (N, p) scaled features to (N, channels, patch_size, patch_size) intensities."""
         first = self.sides[0]
         x = self.linear(features).view(-1, WIDTH, first, first)
+        if x.device.type == "cpu":
+            x = x.contiguous(memory_format=torch.channels_last)
         x = F.leaky_relu(self.norms[0](x), SLOPE)
         for convolution, norm, side in zip(
             self.convolutions, self.norms[1:], self.sides[1:], strict=True
         ):
-            grid = side - _GROWTH
-            x = F.interpolate(x, scale_factor=2, mode="nearest")[..., :grid, :grid]
-            x = F.leaky_relu(norm(convolution(x)), SLOPE)
+            x = upsample_convolve(x, convolution.weight, side - _GROWTH)
+            x = F.leaky_relu(norm(x), SLOPE)
         return F.leaky_relu(self.channel_norm(self.to_channels(x)), SLOPE)
-
-
-class LeadingBatchNorm(nn.BatchNorm2d):
-    """Batch norm whose statistics come from the leading rows of a batch only.
-
-    CP2Image's discriminator sees [real, fake, original] at once; the statistics are those of
-    [real, fake] and are applied to all three.
-    """
-
-    def forward(self, x: Tensor, leading: int | None = None) -> Tensor:  # type: ignore[override]
-        """Normalise (N, C, H, W) by the mean and variance of the first ``leading`` rows.
-
-        ``leading`` None takes all rows. In evaluation mode the running statistics are used.
-        """
-        if not self.training or leading is None or leading == len(x):
-            return super().forward(x)
-        known = x[:leading]
-        variance, mean = torch.var_mean(known, dim=(0, 2, 3), correction=0)
-        if self.track_running_stats:
-            with torch.no_grad():
-                count = known.numel() // known.shape[1]
-                rate = cast(float, self.momentum)
-                unbiased = variance * (count / max(count - 1, 1))
-                cast(Tensor, self.running_mean).lerp_(mean.to(self.weight.dtype), rate)
-                cast(Tensor, self.running_var).lerp_(unbiased.to(self.weight.dtype), rate)
-                cast(Tensor, self.num_batches_tracked).add_(1)
-        scale = self.weight * torch.rsqrt(variance + self.eps)
-        shift = self.bias - mean * scale
-        return x * scale.view(1, -1, 1, 1).to(x.dtype) + shift.view(1, -1, 1, 1).to(x.dtype)
 
 
 class Discriminator(nn.Module):

@@ -127,11 +127,8 @@ class PaperRecipe:
             hidden, logits = self.discriminator(patches, leading=2 * count)
         logits = logits.float()
         pixel = pixel_loss(batch.original, generated.float())
-        layers = hidden_losses(
-            [h[2 * count :].float() for h in hidden],
-            [h[count : 2 * count].float() for h in hidden],
-            self._values,
-        )
+        thirds = [h.float().split(count) for h in hidden]  # real, generated, original
+        layers = hidden_losses([t[2] for t in thirds], [t[1] for t in thirds], self._values)
         gamma = layers.new_tensor(gamma_at(step, self.gamma, self.gamma_ramp))
         total = pixel + (gamma * layers).sum()
         adversary = discriminator_loss(logits[:count], logits[count : 2 * count])

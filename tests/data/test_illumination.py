@@ -47,6 +47,7 @@ def test_merged_sums_equal_one_sum_in_any_order():
 def test_a_flat_field_and_an_empty_channel_stay_as_they_are():
     field = np.stack([np.full((60, 70), 300), np.zeros((60, 70))]).astype(np.uint16)
     function = IlluminationSum().add(field).function(smoothing_px=30)
+    np.testing.assert_array_equal(function, 1)
     np.testing.assert_array_equal(correct(field, function), field)
 
 

@@ -401,6 +401,16 @@ def test_a_plate_map_and_a_compound_list_are_joined_one_after_the_other(tmp_path
     assert list(cells)[5:8] == ["Metadata_Compound", "Metadata_Concentration", "Metadata_MOA"]
 
 
+def test_a_key_that_is_a_number_in_one_file_and_text_in_the_other_still_joins(tmp_path):
+    rows = one_row_per_cell(*make_screen()).assign(Metadata_Batch=7)
+    rows.to_parquet(tmp_path / "cells.parquet")
+    (tmp_path / "batches.csv").write_text("Batch,Operator\n 7 ,me \n8,you\n")
+    table = open_table(str(tmp_path / "cells.parquet"))
+    found = join_metadata(table, str(tmp_path / "batches.csv"), ["Metadata_Batch"]).images()
+    assert set(found.Metadata_Operator) == {"me"}
+    assert set(found.Metadata_Batch) == {7}
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

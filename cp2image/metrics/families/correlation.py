@@ -96,16 +96,22 @@ def _rank_pixels(
 @compile_kernel
 def _fit_line(first: NDArray[np.float64], second: NDArray[np.float64]) -> tuple[float, float]:
     """Return Pearson's r and the least-squares slope of the second channel on the first."""
-    if first.max() == first.min():
+    first_sum, second_sum, first_varies, second_varies = 0.0, 0.0, False, False
+    for i in range(first.size):
+        first_sum += first[i]
+        second_sum += second[i]
+        first_varies = first_varies or first[i] != first[0]
+        second_varies = second_varies or second[i] != second[0]
+    if not first_varies:
         return np.nan, np.nan
-    first_mean, second_mean = first.mean(), second.mean()
+    first_mean, second_mean = first_sum / first.size, second_sum / first.size
     xx, yy, xy = 0.0, 0.0, 0.0
     for i in range(first.size):
         x, y = first[i] - first_mean, second[i] - second_mean
         xx += x * x
         yy += y * y
         xy += x * y
-    if second.max() == second.min():
+    if not second_varies:
         return np.nan, 0.0
     return min(max(xy / np.sqrt(xx) / np.sqrt(yy), -1.0), 1.0), xy / xx
 
@@ -119,9 +125,12 @@ def _measure_overlap(
     row: NDArray[np.float64],
 ) -> None:
     """Fill Overlap, K, Manders and RWC; all 0 if no pixel is above both thresholds."""
-    first_threshold = _THRESHOLD * first.max()
-    second_threshold = _THRESHOLD * second.max()
-    levels = max(first_ranks.max(), second_ranks.max()) + 1
+    first_largest, second_largest, levels = 0.0, 0.0, 0
+    for i in range(first.size):
+        first_largest = max(first_largest, first[i])
+        second_largest = max(second_largest, second[i])
+        levels = max(levels, first_ranks[i] + 1, second_ranks[i] + 1)
+    first_threshold, second_threshold = _THRESHOLD * first_largest, _THRESHOLD * second_largest
     first_total, second_total = 0.0, 0.0
     xx, yy, xy, x_sum, y_sum, x_weighted, y_weighted = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     together = False

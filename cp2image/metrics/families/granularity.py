@@ -161,7 +161,7 @@ def _open_images(images: NDArray[np.float64]) -> None:
                             for u in range(max(0, x - half), min(width, x + half + 1)):
                                 best = min(best, sign * image[v, u])
                         result[y, x] = sign * best
-                image[:] = result
+                _copy_pixels(result, image)
 
 
 @compile_kernel
@@ -183,14 +183,14 @@ def _measure_spectra(
             for k in range(compartments):
                 current[k] = _find_mean(images[n, c], masks[n, k])
                 start[k] = max(current[k], np.finfo(np.float64).eps)
-            eroded[:] = image
+            _copy_pixels(image, eroded)
             for step in range(_STEPS):
                 if not _erode(eroded, next_eroded):
                     values[n, :, c, step:] = 0.0
                     if step > 0:
                         break
-                eroded[:] = next_eroded
-                rebuilt[:] = eroded
+                _copy_pixels(next_eroded, eroded)
+                _copy_pixels(next_eroded, rebuilt)
                 _rebuild(rebuilt, image)
                 for k in range(compartments):
                     mean = 0.0
@@ -200,6 +200,13 @@ def _measure_spectra(
                     loss = (current[k] - mean) * 100 / start[k]
                     values[n, k, c, step] = loss if abs(loss) > _ROUNDING else 0.0
                     current[k] = mean
+
+
+@compile_kernel
+def _copy_pixels(image: NDArray[np.float64], result: NDArray[np.float64]) -> None:
+    for y in range(image.shape[0]):
+        for x in range(image.shape[1]):
+            result[y, x] = image[y, x]
 
 
 @compile_kernel

@@ -153,25 +153,27 @@ def _summarise_rings(
                 total += image[y, x]
                 area += 1
     for ring in range(_BINS):
-        wedges = slice(ring * _WEDGES, (ring + 1) * _WEDGES)
-        fraction = sums[wedges].sum() / total
-        values[0, ring] = fraction
-        values[1, ring] = fraction / (counts[wedges].sum() / area + np.finfo(np.float64).eps)
-        values[2, ring] = _measure_variation(sums[wedges], counts[wedges])
+        signal, pixels = 0.0, 0.0
+        for place in range(ring * _WEDGES, (ring + 1) * _WEDGES):
+            signal += sums[place]
+            pixels += counts[place]
+        values[0, ring] = signal / total
+        values[1, ring] = signal / total / (pixels / area + np.finfo(np.float64).eps)
+        values[2, ring] = _measure_variation(sums, counts, ring * _WEDGES)
 
 
 @compile_kernel
-def _measure_variation(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> float:
-    """Coefficient of variation of the wedges' means; 0 without wedges or signal."""
+def _measure_variation(sums: NDArray[np.float64], counts: NDArray[np.float64], start: int) -> float:
+    """Coefficient of variation of the means of 8 wedges; 0 without wedges or signal."""
     wedges, mean, spread = 0, 0.0, 0.0
-    for i in range(sums.size):
+    for i in range(start, start + _WEDGES):
         if counts[i] > 0:
             wedges += 1
             mean += sums[i] / counts[i]
     if mean == 0:
         return 0.0
     mean /= wedges
-    for i in range(sums.size):
+    for i in range(start, start + _WEDGES):
         if counts[i] > 0:
             spread += (sums[i] / counts[i] - mean) ** 2
     return float(np.sqrt(spread / wedges) / mean)

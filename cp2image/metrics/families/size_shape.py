@@ -130,11 +130,13 @@ def _measure_masks(masks: NDArray[np.uint8], values: NDArray[np.float64]) -> Non
         row[26] = inertia[1]
         row[27] = inertia[1]
         row[28] = inertia[2]
-        row[29:41] = raw[:3].ravel()
-        row[41:53] = central[:3].ravel()
-        row[53:69] = normalized.ravel()
-        row[69:76] = hu
-        row[76:] = np.nan
+        for i in range(16):
+            if i < 12:
+                row[29 + i] = raw[i // 4, i % 4]
+                row[41 + i] = central[i // 4, i % 4]
+            row[53 + i] = normalized[i // 4, i % 4]
+            if i < 7:
+                row[69 + i] = hu[i]
 
 
 @compile_kernel

@@ -22,10 +22,10 @@ def _sort_keys(keys: NDArray[np.uint64]) -> NDArray[np.int32]:
     """Argsort each row of keys: radix sort by 11 bits at a time."""
     rows, size = keys.shape
     result = np.empty((rows, size), np.int32)
-    other = np.empty(size, np.int32)
+    buffers = np.empty((2, size), np.int32)
     counts = np.empty(2048, np.int64)
     for row in range(rows):
-        source, target = result[row], other
+        source, target = buffers[0], buffers[1]
         for i in range(size):
             source[i] = i
         for digit in range(6):
@@ -46,5 +46,6 @@ def _sort_keys(keys: NDArray[np.uint64]) -> NDArray[np.int32]:
                 target[counts[value]] = pixel
                 counts[value] += 1
             source, target = target, source
-        result[row] = source
+        for i in range(size):
+            result[row, i] = source[i]
     return result

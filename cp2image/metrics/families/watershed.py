@@ -22,9 +22,11 @@ def mark_peaks(
     """
     height, width = heights.shape
     labels[:] = 0
-    floor = heights.min()
-    rows, columns = np.empty(height * width, np.int64), np.empty(height * width, np.int64)
-    values = np.empty(height * width)
+    floor = np.inf
+    for y in range(height):
+        for x in range(width):
+            floor = min(floor, heights[y, x])
+    peaks = np.empty(height * width, np.int64)
     found = 0
     for y in range(height):
         for x in range(width):
@@ -35,11 +37,18 @@ def mark_peaks(
                 and _is_highest(heights, foreground, y, x, 1)
                 and _is_highest(heights, foreground, y, x, spacing)
             ):
-                rows[found], columns[found], values[found] = y, x, value
+                place = found
+                while place > 0:
+                    before = peaks[place - 1]
+                    if heights[before // width, before % width] >= value:
+                        break
+                    peaks[place] = before
+                    place -= 1
+                peaks[place] = y * width + x
                 found += 1
     kept = 0
-    for i in np.argsort(-values[:found], kind="mergesort"):
-        y, x = rows[i], columns[i]
+    for i in range(found):
+        y, x = peaks[i] // width, peaks[i] % width
         free = True
         for v in range(max(0, y - spacing + 1), min(height, y + spacing)):
             for u in range(max(0, x - spacing + 1), min(width, x + spacing)):
