@@ -2,7 +2,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-DEMO ?= demo
 
 .PHONY: install demo test check
 
@@ -16,7 +15,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: install
-	$(BIN)/python jobs/demo.py --config configs/demo.yaml --set run.folder=$(DEMO)
+	$(BIN)/python jobs/demo.py --config configs/demo.yaml
 
 test: install
 	$(BIN)/python -m pytest -m "not slow and not gpu"

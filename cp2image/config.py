@@ -238,6 +238,8 @@ class Evaluate(Section):
     output: str = ""
     cells: Positive = 10_000
     """Most pairs to compare; fewer are taken evenly over plates and wells."""
+    split: Literal["all", "train", "validation", "test"] = "all"
+    """Only the cells of one split of the checkpoint's training run."""
     embeddings: list[Literal["cp", "filterbank", "inception"]] = ["cp", "filterbank"]
     inception_weights: str | None = None
     """URI of the FID Inception network's weights (safetensors or a torch state dict)."""

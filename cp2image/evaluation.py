@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from cp2image.checkpoint import Model, load_model
 from cp2image.cluster import join_cluster
 from cp2image.columns import COMPOUND, CONCENTRATION, PLATE, WELL
-from cp2image.config import Config
+from cp2image.config import Config, Evaluate
 from cp2image.data.identity import cell_keys
 from cp2image.data.schema import decode_metadata
 from cp2image.dataset import CellDataset, open_dataset
@@ -100,7 +100,7 @@ def evaluate(config: Config) -> Report:
         )
     join_cluster(config.cluster)
     with record(config, "evaluate") as recorder:
-        pairs = _pair(real, generated, settings.cells, settings)
+        pairs = _pair(real, generated, model, settings)
         print(f"evaluate: {len(pairs):,} cells in both sets", flush=True)
         sets = gather_cells(config, model, real, generated, pairs)
         report = _report(config, model, sets)
@@ -110,9 +110,9 @@ def evaluate(config: Config) -> Report:
 
 
 def _pair(
-    real: CellDataset, generated: CellDataset, most: int, settings: Any
+    real: CellDataset, generated: CellDataset, model: Model, settings: Evaluate
 ) -> pd.DataFrame:
-    """Return the metadata of the cells in both sets, at most ``most``, taken evenly over wells."""
+    """Return the metadata of the cells to compare: in both sets, of the split, even over wells."""
     tables = []
     for dataset in (generated, real):
         plates = sorted(set(generated.manifests) & set(real.manifests))
@@ -126,9 +126,16 @@ def _pair(
             f"{settings.generated} and {settings.real} share no cell (same plate, well, site, "
             "image and object number); evaluate a screen against the cells it was generated from"
         )
+    if settings.split != "all":
+        both = both[model.splits.of(both) == settings.split]
+        if both.empty:
+            raise EvaluationError(
+                f"none of the cells in both sets is in the {settings.split} split of "
+                f"{settings.checkpoint}; set evaluate.split, or generate those cells"
+            )
     both = both.sort_values("key")
     turn = both.groupby([PLATE, WELL]).cumcount()
-    chosen = both.assign(turn=turn).sort_values(["turn", "key"]).head(most)
+    chosen = both.assign(turn=turn).sort_values(["turn", "key"]).head(settings.cells)
     return chosen.drop(columns="turn").sort_values("key", ignore_index=True)
 
 
@@ -155,6 +162,7 @@ def _report(config: Config, model: Model, sets: EvaluationSet) -> Report:
         "cells": len(sets.cells),
         "plates": sorted(sets.cells[PLATE].astype(str).unique()),
         "wells": len(set(groups)),
+        "split": settings.split,
         "pairing": "each generated cell against the real cell its features came from",
         "normalisation": f"{model.intensity.kind}, clamped to [0, 1], 8 bit, both sets",
         "measured": f"{len(names)} features without positions, the same code on both sets",
