@@ -52,7 +52,7 @@ def run_job(
     options = _parser(description).parse_args(argv)
     try:
         with _signals_unwind():
-            config = read_config(options.config, options.set)
+            config = read_config(options.config, options.set).anchor()
             if options.dry_run:
                 print(_describe(config, preview), flush=True)
                 return DONE

@@ -5,6 +5,7 @@ checkpoints from ``run.folder``, so that the steps of one experiment find each o
 """
 
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
@@ -303,6 +304,33 @@ class Config(Section):
                 data[section][key] = data[section][key] or value
         return Config.model_validate(data)
 
+    def anchor(self) -> "Config":
+        """Make every local path absolute: a cluster's workers run in other folders.
+
+        Raises
+        ------
+        ConfigError
+            If a submitted job would write into the cluster's temporary copy of the working folder.
+        """
+        here = os.getcwd()
+        if "://" not in self.run.folder and not self.run.folder.startswith(("/", "~")):
+            if _JOB_COPY in here:
+                raise ConfigError(
+                    f"run.folder = {self.run.folder!r}: a submitted job runs in a temporary copy of "
+                    "the working folder, and what it writes there is lost; give an absolute path "
+                    "or an s3:// prefix (--set run.folder=…)"
+                )
+        data = self.model_dump()
+        for section, keys in _PATHS.items():
+            for key in keys:
+                data[section][key] = _absolute(data[section][key])
+        prepare = data["prepare"]
+        if prepare["stacks"]:
+            prepare["stacks"]["index"] = _absolute(prepare["stacks"]["index"])
+        for extra in prepare["metadata_files"]:
+            extra["uri"] = _absolute(extra["uri"])
+        return Config.model_validate(data)
+
     def yaml(self) -> str:
         """Return the whole config, defaults included, as YAML that `read_config` reads back."""
         return dump_yaml(self.model_dump(mode="json"))
@@ -310,7 +338,7 @@ class Config(Section):
     def fingerprint(self, *sections: str, inputs: Sequence[str] = ()) -> str:
         """Return a short hash that tells outputs of other settings or inputs apart.
 
-        Where outputs are written does not count; ``inputs`` are whatever identifies the data.
+        Where the steps' datasets lie does not count; ``inputs`` are what identifies the data.
 
         Raises
         ------
@@ -322,9 +350,30 @@ class Config(Section):
             if section not in chosen:
                 known = list(Config.model_fields)
                 raise ConfigError(f"no section {section!r} in a config{nearest(section, known)}")
-            chosen[section].pop("output", None)
+            for place in ("input", "output", "checkpoint"):
+                chosen[section].pop(place, None)
         text = json.dumps([chosen, sorted(inputs)], sort_keys=True)
         return sha256(text.encode()).hexdigest()[:16]
+
+
+_JOB_COPY = "/runtime_resources/working_dir_files/"
+_PATHS = {
+    "run": ["folder"],
+    "simulate": ["output"],
+    "prepare": ["tables", "images", "output"],
+    "measure": ["input", "output"],
+    "train": ["input", "output"],
+    "generate": ["input", "checkpoint", "output"],
+    "evaluate": ["real", "generated", "output", "checkpoint", "inception_weights"],
+}
+
+
+def _absolute(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_absolute(one) for one in value]
+    if not value or "://" in value or value.startswith(("models:/", "runs:/")):
+        return value
+    return os.path.abspath(os.path.expanduser(value))
 
 
 def read_config(uri: str | None, overrides: list[str] | None = None) -> Config:

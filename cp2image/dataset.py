@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
+from hashlib import sha256
 from typing import Any
 from urllib.parse import quote
 
@@ -34,28 +35,61 @@ class Part:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What makes one plate published: its files and the account of its cells."""
+    """What makes one plate published: its files and the account of its cells.
+
+    Attributes
+    ----------
+    plate
+        Its name.
+    fingerprint
+        Of the settings it was written with.
+    parts
+        Its files, in order; none if every cell was left out.
+    account
+        Cells ``in`` and ``out``, and one count per reason for leaving cells out.
+    input
+        `identity` of what it was made from; empty where that is not known.
+    """
 
     plate: str
     fingerprint: str
     parts: tuple[Part, ...]
     account: dict[str, int] = field(default_factory=dict)
+    input: str = ""
 
     @property
     def rows(self) -> int:
         """Cells of the plate."""
         return sum(part.rows for part in self.parts)
 
+    @property
+    def identity(self) -> str:
+        """Short hash that tells this plate's content from what an earlier run published."""
+        return sha256(self.to_json()).hexdigest()[:16]
+
     def to_json(self) -> bytes:
         """Serialise, ready to be stored."""
         return json.dumps({**asdict(self), "rows": self.rows}, indent=1).encode()
 
     @classmethod
-    def from_json(cls, data: bytes) -> "Manifest":
-        """Read back what `to_json` wrote."""
-        entry = json.loads(data)
-        parts = tuple(Part(**part) for part in entry["parts"])
-        return cls(entry["plate"], entry["fingerprint"], parts, entry["account"])
+    def from_json(cls, data: bytes, where: str = "manifest") -> "Manifest":
+        """Read back what `to_json` wrote.
+
+        Raises
+        ------
+        DatasetError
+            If it is something else; names ``where``.
+        """
+        try:
+            entry = json.loads(data)
+            parts = tuple(Part(**part) for part in entry["parts"])
+            known = (entry["plate"], entry["fingerprint"], parts, entry["account"])
+            return cls(*known, entry.get("input", ""))
+        except (ValueError, KeyError, TypeError) as error:
+            raise DatasetError(
+                f"{where}: not a plate's manifest ({type(error).__name__}: {error}); remove it and "
+                "publish the plate again"
+            ) from error
 
 
 def plate_folder(plate: str) -> str:
@@ -71,7 +105,7 @@ def manifest_uri(dataset: str, plate: str) -> str:
 def read_manifests(uri: str) -> dict[str, Manifest]:
     """Return the published plates of a dataset by name; empty if there are none."""
     found = [
-        Manifest.from_json(read_bytes(name))
+        Manifest.from_json(read_bytes(name), name)
         for name in list_files(join(uri, MANIFESTS), ".json", recursive=False)
     ]
     return {manifest.plate: manifest for manifest in found}
@@ -129,7 +163,7 @@ class CellDataset:
                     f"it has {len(self.manifests)}: {', '.join(sorted(self.manifests)[:8])}"
                 )
         found = []
-        for plate in sorted(plates or self.manifests):
+        for plate in sorted(set(plates or self.manifests)):
             index = 0
             for part in self.manifests[plate].parts:
                 uri = join(self.uri, part.name)
@@ -153,23 +187,31 @@ def open_dataset(uri: str) -> CellDataset:
     Raises
     ------
     DatasetError
-        If nothing is published there, or its plates have different columns.
+        If nothing is published there, or no cell.
     """
     manifests = read_manifests(uri)
     if not manifests:
-        hint = "the folder is there but no plate in it is finished" if exists(uri) else "no such folder"
+        there = "the folder is there but no plate in it is finished"
+        hint = there if exists(uri) else "no such folder"
         raise DatasetError(f"{uri}: not a dataset of cells ({hint}); run the step that writes it")
     filled = [manifest for manifest in manifests.values() if manifest.parts]
     if not filled:
         raise DatasetError(f"{uri}: every published plate is empty; see {uri}/_account.json")
-    schema = pq.read_schema(_opened(join(uri, filled[0].parts[0].name)))
+    schema = read_schema(uri, filled[0])
     return CellDataset(uri, PatchFormat.of(schema, uri), schema, manifests)
+
+
+def read_schema(uri: str, manifest: Manifest) -> pa.Schema:
+    """Return the Arrow schema of one published plate that has cells."""
+    name = join(uri, manifest.parts[0].name)
+    return _parquet(name, _version(name)).schema_arrow
 
 
 def read_range(cells: CellRange, columns: Sequence[str] | None = None) -> pa.Table:
     """Read a range of cells, only the named columns (None: all), as one Arrow table."""
-    file = _parquet(cells.uri)
-    groups, first, seen = [], 0, 0
+    file = _parquet(cells.uri, _version(cells.uri))
+    groups: list[int] = []
+    first = seen = 0
     for number in range(file.metadata.num_row_groups):
         rows = file.metadata.row_group(number).num_rows
         if seen + rows > cells.start and seen < cells.start + cells.rows:
@@ -186,17 +228,21 @@ def read_range(cells: CellRange, columns: Sequence[str] | None = None) -> pa.Tab
     return table.slice(cells.start - first, cells.rows)
 
 
-def _opened(uri: str) -> Any:
+def _version(uri: str) -> tuple[Any, Any]:
+    """Tell a file from another that was at the same place before."""
     files, path = filesystem(uri)
-    try:
-        return files.open_input_file(path)
-    except FileNotFoundError as error:
-        raise DatasetError(f"{uri}: a published file is gone; publish the plate again") from error
+    info = files.get_file_info(path)
+    if not info.is_file:
+        raise DatasetError(f"{uri}: a published file is gone; publish the plate again")
+    return info.size, info.mtime_ns
 
 
 @lru_cache(maxsize=2)
-def _parquet(uri: str) -> pq.ParquetFile:
+def _parquet(uri: str, version: tuple[Any, Any]) -> pq.ParquetFile:
+    files, path = filesystem(uri)
     try:  # pre_buffer joins the reads of neighbouring columns into few large ones
-        return pq.ParquetFile(_opened(uri), pre_buffer=True)
+        return pq.ParquetFile(files.open_input_file(path), pre_buffer=True)
     except pa.ArrowInvalid as error:
-        raise DatasetError(f"{uri}: damaged Parquet file ({error})") from error
+        raise DatasetError(
+            f"{uri}: damaged Parquet file ({error}); remove the plate's manifest and publish it again"
+        ) from error

@@ -1,28 +1,34 @@
 """A screen of generated cells from features and a checkpoint, plate by plate. Step."""
 
 import hashlib
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+from numpy.typing import NDArray
 
 from cp2image.checkpoint import Model, load_model, load_scaling, save_scaling
 from cp2image.cluster import join_cluster
-from cp2image.columns import COMPOUND, MOA, PLATE, WELL, require_columns
+from cp2image.columns import COMPOUND, METADATA, MOA, WELL, require_columns
 from cp2image.config import Config
 from cp2image.data.identity import cell_keys
 from cp2image.data.scaling import KeyedSample, Scaling, is_control
 from cp2image.data.schema import PATCH, build_table, decode_metadata, decode_patches
 from cp2image.data.tables import open_table
 from cp2image.dataset import (
+    CellDataset,
     CellRange,
     open_dataset,
     plate_folder,
     read_manifests,
     read_range,
 )
-from cp2image.errors import ColumnError, DatasetError
+from cp2image.errors import ColumnError
 from cp2image.figures.canvas import save
 from cp2image.figures.patches import colour_patches
 from cp2image.figures.plates import plate_overview
@@ -48,21 +54,24 @@ def generate(config: Config) -> Publication:
     """
     settings = config.generate
     model = load_model(settings.checkpoint)
+    mark = _fingerprint(config, model)
     join_cluster(config.cluster)
     staging = join(settings.output, STAGING)
     with record(config, "generate") as recorder:
         try:
-            if read_manifests(settings.input):
-                units, scaling, inputs = _from_dataset(config, model)
-            else:
-                units, scaling, inputs = _from_table(config, model, staging)
-            mark = config.fingerprint("generate", inputs=[model.hash, str(config.run.seed), *inputs])
+            find = _from_dataset if read_manifests(settings.input) else _from_table
+            wanted = find(config, model, staging)
             place = join(staging, "scaling.safetensors")
-            save_scaling(place, scaling)
-            factory = partial(_Generate, config, place)
+            save_scaling(place, wanted.scaling)
             result = publish(
-                settings.output, units, factory, config, mark,
-                label="generate", gpus_per_task=1.0 if settings.gpu else 0.0,
+                settings.output,
+                wanted.units,
+                partial(_Generate, config, place),
+                config,
+                mark,
+                label="generate",
+                inputs=wanted.inputs,
+                gpus_per_task=1.0 if settings.gpu else 0.0,
             )
         finally:
             delete_tree(staging)
@@ -72,51 +81,70 @@ def generate(config: Config) -> Publication:
     return result
 
 
-def _from_dataset(config: Config, model: Model) -> tuple[list[CellRange], Scaling, list[str]]:
+def _fingerprint(config: Config, model: Model) -> str:
+    """Hash what decides the pixels of a plate; which plates are chosen does not."""
+    chosen = config.generate.model_copy(update={"plates": []})
+    control = json.dumps(config.scaling.control, sort_keys=True)
+    return config.model_copy(update={"generate": chosen}).fingerprint(
+        "generate", inputs=[model.hash, f"seed {config.run.seed}", control]
+    )
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """The cells to draw, how their plates are scaled, and what identifies each plate's rows."""
+
+    units: list[CellRange]
+    scaling: Scaling
+    inputs: dict[str, str]
+
+
+def _from_dataset(config: Config, model: Model, _: str) -> _Wanted:
+    """Cut the plates of a dataset into units; nothing needs staging."""
     settings = config.generate
     dataset = open_dataset(settings.input)
-    require_columns(dataset.schema.names, model.features, settings.input)
+    _require_features(dataset.schema.names, model, config)
     units = dataset.ranges(config.cluster.cells_per_task, settings.plates or None)
     scaling = model.scaling
-    plates = sorted({unit.plate for unit in units} - set(scaling.plates))
-    for plate in plates:
+    for plate in sorted({unit.plate for unit in units} - set(scaling.plates)):
         sample = KeyedSample(len(model.features))
-        for unit in (u for u in units if u.plate == plate):
-            frame = read_range(unit, [*dataset.metadata, *model.features]).to_pandas()
-            _add_controls(sample, frame, model.features, config)
+        for table in dataset.read([*dataset.metadata, *model.features], [plate]):
+            _add_controls(sample, table.to_pandas(), model.features, config)
         scaling = _with_controls(scaling, plate, sample)
-    inputs = [f"{m.plate}:{m.fingerprint}:{m.rows}" for m in dataset.manifests.values()]
-    return units, scaling, inputs
+    inputs = {plate: manifest.identity for plate, manifest in dataset.manifests.items()}
+    return _Wanted(units, scaling, inputs)
 
 
-def _from_table(
-    config: Config, model: Model, staging: str
-) -> tuple[list[CellRange], Scaling, list[str]]:
+def _from_table(config: Config, model: Model, staging: str) -> _Wanted:
+    """Parse a CellProfiler table plate by plate and lay the rows down for the workers."""
     settings = config.generate
     table = open_table(settings.input, metadata=config.prepare.metadata)
-    absent = sorted(set(settings.plates) - set(table.plates))
-    if absent:
-        raise DatasetError(
-            f"{settings.input}: no plate {absent[0]!r}; it has {', '.join(table.plates[:8])}"
-        )
-    units: list[CellRange] = []
-    scaling, inputs = model.scaling, []
-    for plate in settings.plates or table.plates:
+    wanted = _Wanted([], model.scaling, {})
+    scaling = model.scaling
+    for plate in sorted(set(settings.plates)) or table.plates:
         frame = table.read(plate)
-        try:
-            require_columns(list(frame.columns), model.features, settings.input)
-        except ColumnError as error:
-            raise ColumnError(f"{error} (the checkpoint is {settings.checkpoint})") from error
-        metadata = [name for name in frame.columns if name.startswith("Metadata_")]
+        _require_features(list(frame.columns), model, config)
+        metadata = [name for name in frame.columns if name.startswith(METADATA)]
         frame = frame[[*metadata, *model.features]]
         if plate not in scaling.plates:
             sample = KeyedSample(len(model.features))
             _add_controls(sample, frame, model.features, config)
             scaling = _with_controls(scaling, plate, sample)
         hashed = pd.util.hash_pandas_object(frame, index=False).to_numpy()
-        inputs.append(f"{plate}:{hashlib.sha256(hashed.tobytes()).hexdigest()[:16]}")
-        units += stage_plate(staging, plate, frame, config.cluster.cells_per_task)
-    return units, scaling, inputs
+        wanted.inputs[plate] = hashlib.sha256(hashed.tobytes()).hexdigest()[:16]
+        wanted.units.extend(stage_plate(staging, plate, frame, config.cluster.cells_per_task))
+    return replace(wanted, scaling=scaling)
+
+
+def _require_features(names: Sequence[str], model: Model, config: Config) -> None:
+    settings = config.generate
+    try:
+        require_columns(names, model.features, settings.input)
+    except ColumnError as error:
+        raise ColumnError(
+            f"{error}. The checkpoint {settings.checkpoint} needs {len(model.features)} features; "
+            "take a table of the same pipeline, or train on one that this table has"
+        ) from error
 
 
 def _add_controls(
@@ -149,9 +177,9 @@ class _Generate:
     def __call__(self, unit: CellRange) -> Outcome:
         names = list(self._model.features)
         table = read_range(unit)
-        kept = [c for c in table.column_names if c.startswith("Metadata_")] + names
+        kept = [c for c in table.column_names if c.startswith(METADATA)] + names
         frame = table.select(kept).to_pandas()
-        dropped = {}
+        dropped: dict[str, int] = {}
         if self._split != "all":
             wanted = self._model.splits.of(frame) == self._split
             if not wanted.all():
@@ -167,26 +195,35 @@ def draw_plates(uri: str, channels: Sequence[str], plates: Sequence[str]) -> str
     """Draw each plate with one generated cell per well; return the folder of the pictures."""
     dataset = open_dataset(uri)
     folder = join(uri, "_plates")
-    wanted = [name for name in (PLATE, WELL, COMPOUND, MOA) if name in dataset.metadata]
     for plate in plates:
-        if not dataset.manifests[plate].parts or WELL not in wanted:
+        if not dataset.manifests[plate].parts or WELL not in dataset.metadata:
             continue
-        wells: dict[str, tuple[np.ndarray, str, str]] = {}
-        for table in dataset.read([*wanted, PATCH], [plate]):
-            metadata = decode_metadata(table)
-            first = metadata.drop_duplicates(WELL)
-            new = first.loc[~first[WELL].isin(list(wells))]
-            patches = decode_patches(table.take(new.index.to_numpy()), dataset.patch_format)
-            for patch, (_, row) in zip(patches, new.iterrows(), strict=True):
-                wells[str(row[WELL])] = (
-                    patch, str(row.get(COMPOUND, "")), str(row.get(MOA, "")),
-                )
-        names = sorted(wells)
-        images = colour_patches(np.stack([wells[name][0] for name in names]), channels)
-        labels = [wells[name][1] for name in names] if COMPOUND in wanted else None
-        groups = [wells[name][2] for name in names] if MOA in wanted else None
+        wells, patches = _first_of_wells(dataset, plate)
+        images = colour_patches(patches, channels)
+        labels, groups = (
+            wells[name].fillna("").astype(str).tolist() if name in wells else None
+            for name in (COMPOUND, MOA)
+        )
+        names = wells[WELL].tolist()
         figure = plate_overview(names, images, labels=labels, groups=groups, title=plate)
         save(figure, join(folder, f"{plate_folder(plate)}.png"))
     return folder
 
 
+def _first_of_wells(dataset: CellDataset, plate: str) -> tuple[pd.DataFrame, NDArray[Any]]:
+    """Return metadata and patch of the first cell of each well, reading no more than needed."""
+    wanted = [name for name in (WELL, COMPOUND, MOA) if name in dataset.metadata]
+    rows: list[pd.DataFrame] = []
+    patches: list[NDArray[Any]] = []
+    seen: set[str] = set()
+    for cells in dataset.ranges(1024, [plate]):
+        metadata = decode_metadata(read_range(cells, wanted))
+        first = metadata[~metadata[WELL].isin(seen)].drop_duplicates(WELL)
+        if len(first):
+            found = read_range(cells, [PATCH]).take(pa.array(first.index.to_numpy()))
+            patches.append(decode_patches(found, dataset.patch_format))
+            rows.append(first)
+            seen.update(first[WELL])
+    wells = pd.concat(rows, ignore_index=True)
+    order = wells[WELL].argsort(kind="stable").to_numpy()
+    return wells.iloc[order], np.concatenate(patches)[order]

@@ -32,12 +32,14 @@ def measure_dataset(config: Config) -> Publication:
     dataset = open_dataset(settings.input)
     feature_names(dataset.patch_format.channels, settings.compartments, settings.families)
     join_cluster(config.cluster)
-    inputs = [f"{m.plate}:{m.fingerprint}:{m.rows}" for m in dataset.manifests.values()]
-    mark = config.fingerprint("measure", inputs=inputs)
+    mark = config.fingerprint("measure")
+    inputs = {plate: manifest.identity for plate, manifest in dataset.manifests.items()}
     units = dataset.ranges(config.cluster.cells_per_task)
     with record(config, "measure") as recorder:
         factory = partial(_Measure, config, dataset.patch_format, dataset.metadata)
-        result = publish(settings.output, units, factory, config, mark, label="measure")
+        result = publish(
+            settings.output, units, factory, config, mark, label="measure", inputs=inputs
+        )
         recorder.metrics({f"cells/{name}": value for name, value in result.totals.items()})
     return result
 

@@ -2,8 +2,7 @@
 
 import io
 from collections import Counter
-
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
 
@@ -22,14 +21,15 @@ from cp2image.data.quality import judge_patches
 from cp2image.data.schema import PatchFormat, build_table
 from cp2image.data.stacks import FILE, PAGE, open_stacks, read_stack
 from cp2image.data.tables import join_metadata, nucleus_centers, open_table
-from cp2image.dataset import CellRange, plate_folder, read_manifests, read_range
-from cp2image.errors import ConfigError, FieldError, TableError
-from cp2image.publication import Outcome, Publication, publish
+from cp2image.dataset import CellRange, plate_folder, read_range
+from cp2image.errors import ColumnError, ConfigError, Cp2ImageError, FieldError, TableError
+from cp2image.publication import Outcome, Publication, finished_plates, publish
 from cp2image.staging import STAGING, stage_plate
 from cp2image.storage import delete_tree, join, read_bytes, write_bytes
 from cp2image.tracking import record
 
 _SOURCE, _Y, _X = "source_", "center_y", "center_x"
+_BORDER = "border"
 _CELLS_PER_UNIT = 256
 """Fields are large beside the patches cut from them: small units keep all workers busy."""
 
@@ -41,8 +41,11 @@ def prepare(config: Config) -> Publication:
     ------
     ConfigError
         If the config names neither tables nor stacks, or both.
-    TableError, ColumnError, FieldError, PatchError, DatasetError
-        For bad input; see their messages. Plates without fault are published all the same.
+    TableError, ColumnError, StorageError
+        If a table or an index cannot be used; nothing is published then.
+    DatasetError
+        If images cannot be used: plates without fault are published all the same. Also if the
+        output holds plates of other settings.
     """
     settings = config.prepare
     if bool(settings.tables) == (settings.stacks is not None):
@@ -55,20 +58,32 @@ def prepare(config: Config) -> Publication:
             "prepare.channels is empty; name the channels in patch order, as {DNA: DAPI, …} "
             "where the table has FileName_DAPI"
         )
+    if settings.stacks and settings.illumination:
+        raise ConfigError(
+            "prepare.illumination: patches show too little of a field to estimate it from; "
+            "correct the fields before cutting, or set it to false"
+        )
+    mark = _fingerprint(config)
+    published = set(finished_plates(settings.output, mark))
     join_cluster(config.cluster)
-    mark = config.fingerprint("prepare")
     staging = join(settings.output, STAGING)
     with record(config, "prepare") as recorder:
         try:
-            published = set(read_manifests(settings.output))
             find = _stage_tables if settings.tables else _stage_stacks
             staged = find(config, staging, published)
+            refused = (
+                _fit_illumination(config, staged.units, staging) if settings.illumination else {}
+            )
             factory: Any = partial(_PrepareFields if settings.tables else _PrepareStacks, config)
-            if settings.illumination:
-                _fit_illumination(config, staged.units, staging)
             result = publish(
-                settings.output, [*staged.units, *staged.done], factory, config, mark,
-                label="prepare", left_out=staged.left_out,
+                settings.output,
+                staged.units,
+                factory,
+                config,
+                mark,
+                label="prepare",
+                left_out=staged.left_out,
+                refused=refused,
             )
         finally:
             delete_tree(staging)
@@ -76,29 +91,35 @@ def prepare(config: Config) -> Publication:
     return result
 
 
+def _fingerprint(config: Config) -> str:
+    """Hash the settings; which tables are listed does not count, so that plates can be added."""
+    settings = config.prepare.model_copy(update={"tables": []})
+    return config.model_copy(update={"prepare": settings}).fingerprint("prepare")
+
+
 @dataclass(frozen=True)
 class _Staged:
-    """Units to do, one empty unit per plate that is published already, cells the table left out."""
+    """Units to do, and plate → reason → cells that the table left out."""
 
-    units: list[CellRange]
-    done: list[CellRange]
-    left_out: dict[str, dict[str, int]]
+    units: list[CellRange] = field(default_factory=list)
+    left_out: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 def _stage_tables(config: Config, staging: str, published: set[str]) -> _Staged:
     """Parse every table, plate by plate."""
     settings = config.prepare
-    units: list[CellRange] = []
-    done: list[CellRange] = []
-    left_out: dict[str, dict[str, int]] = {}
+    staged = _Staged()
     seen: dict[str, str] = {}
+    features: list[str] = []
     for uri in settings.tables:
         table = open_table(uri, metadata=settings.metadata)
         for extra in settings.metadata_files:
             table = join_metadata(table, extra.uri, extra.on, extra.columns)
         images = table.images()
         sources = locate_fields(
-            images, list(settings.channels.values()), root=settings.images,
+            images,
+            list(settings.channels.values()),
+            root=settings.images,
             replace=settings.image_folders,
         )
         sources.columns = [f"{_SOURCE}{number}" for number in range(len(settings.channels))]
@@ -112,114 +133,129 @@ def _stage_tables(config: Config, staging: str, published: set[str]) -> _Staged:
                 )
             seen[plate] = uri
             if plate in published:
-                done.append(CellRange(plate, 0, "", 0, 0))
                 continue
             cells = table.read(plate)
-            account = cells.attrs["account"]
-            left_out[plate] = {
-                name: count for name, count in account.items() if name.startswith("without_")
+            names = [column.name for column in measurements(cells.columns)]
+            features = features or names
+            _require_same(features, names, f"{uri} plate {plate}")
+            staged.left_out[plate] = {
+                name: count
+                for name, count in cells.attrs["account"].items()
+                if name.startswith("without_")
             }
             centers = pd.DataFrame(nucleus_centers(cells, settings.nuclei), columns=[_Y, _X])
             cells = pd.concat([cells, centers], axis=1).merge(
                 sources, on=[PLATE, IMAGE_NUMBER], how="left", validate="many_to_one"
             )
-            units += stage_plate(staging, plate, cells, _CELLS_PER_UNIT, [IMAGE_NUMBER])
-    return _Staged(units, done, left_out)
+            staged.units.extend(stage_plate(staging, plate, cells, _CELLS_PER_UNIT, [IMAGE_NUMBER]))
+    return staged
+
+
+def _require_same(known: list[str], found: list[str], where: str) -> None:
+    missing, extra = sorted(set(known) - set(found)), sorted(set(found) - set(known))
+    if missing or extra:
+        raise ColumnError(
+            f"{where}: its measurements differ from the plates before it: "
+            f"missing {', '.join(missing[:5]) or 'none'}; extra {', '.join(extra[:5]) or 'none'}. "
+            "All plates of a dataset must come from one pipeline; leave this table out"
+        )
 
 
 def _stage_stacks(config: Config, staging: str, published: set[str]) -> _Staged:
     stacks = config.prepare.stacks
     if stacks is None:
         raise ConfigError("prepare.stacks is empty")
+    staged = _Staged()
     index = open_stacks(stacks.index, stacks.columns)
-    units: list[CellRange] = []
-    done: list[CellRange] = []
     for plate, cells in index.groupby(PLATE, sort=True):
-        name = str(plate)
-        if name in published:
-            done.append(CellRange(name, 0, "", 0, 0))
-        else:
-            cells = cells.sort_values([FILE, PAGE], ignore_index=True)
-            units += stage_plate(staging, name, cells, config.cluster.cells_per_task)
-    return _Staged(units, done, {})
+        if str(plate) not in published:
+            rows = cells.sort_values([FILE, PAGE], ignore_index=True)
+            size = config.cluster.cells_per_task
+            staged.units.extend(stage_plate(staging, str(plate), rows, size))
+    return staged
 
 
 class _Prepare:
     """Turns one unit of staged rows into cells; the parts both kinds of input share."""
 
     def __init__(self, config: Config) -> None:
-        self._config = config
         self._settings = config.prepare
+        self._channels: tuple[str, ...] = ()
 
     def __call__(self, unit: CellRange) -> Outcome:
         frame = read_range(unit).to_pandas()
-        patches, kept = self._patches(frame)
-        reasons = np.where(kept, self._judge(patches), "border")
-        keep = kept & ~np.isin(reasons, self._settings.quality.drop)
+        patches, reasons = self._patches(frame)
+        keep = ~np.isin(reasons, [_BORDER, *self._settings.quality.drop])
         dropped = Counter(reasons[~keep].tolist())
         noted = Counter(f"noted_{reason}" for reason in reasons[keep].tolist() if reason)
         frame, patches = frame.loc[keep].reset_index(drop=True), patches[keep]
         metadata = frame[[name for name in frame.columns if name.startswith(METADATA)]]
         names = [column.name for column in measurements(frame.columns)]
-        itemsize = patches.dtype.itemsize
         shape = PatchFormat(
-            self._channels(), self._settings.patch_size, str(patches.dtype),
-            self._settings.bit_depth or 8 * itemsize,
+            self._channels,
+            self._settings.patch_size,
+            str(patches.dtype),
+            self._settings.bit_depth or 8 * patches.dtype.itemsize,
         )
         table = build_table(metadata, frame[names] if names else None, patches, shape)
         return Outcome(table, dict(dropped), dict(noted))
+
+    def _patches(self, frame: pd.DataFrame) -> tuple[NDArray[Any], NDArray[np.str_]]:
+        """Return one patch per row, and why it is not wanted (or an empty string)."""
+        raise TypeError("a _Prepare is one of its two kinds")
 
     def _judge(self, patches: NDArray[Any]) -> NDArray[np.str_]:
         depth = self._settings.bit_depth
         return judge_patches(patches, full_scale=None if depth is None else 2.0**depth - 1)
 
-    def _channels(self) -> tuple[str, ...]:
-        raise TypeError("a _Prepare is one of its two kinds")
-
-    def _patches(self, frame: pd.DataFrame) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-        raise TypeError("a _Prepare is one of its two kinds")
-
 
 class _PrepareFields(_Prepare):
-    def _channels(self) -> tuple[str, ...]:
-        return tuple(self._settings.channels)
+    """Cuts patches out of fields; what the camera saw is judged, not what was corrected."""
 
-    def _patches(self, frame: pd.DataFrame) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-        parts, kept = [], []
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self._channels = tuple(config.prepare.channels)
+        self._staging = join(config.prepare.output, STAGING)
+
+    def _patches(self, frame: pd.DataFrame) -> tuple[NDArray[Any], NDArray[np.str_]]:
+        parts, reasons = [], []
+        size, border = self._settings.patch_size, self._settings.border
         for number, cells in frame.groupby(IMAGE_NUMBER, sort=False):
             sources = _sources(cells)
-            field = read_field(sources, expected_channels=len(sources))
-            if self._settings.illumination:
-                plate = str(cells[PLATE].iloc[0])
-                staging = join(self._settings.output, STAGING)
-                field = correct(field, _illumination(staging, plate))
+            field_ = read_field(sources, expected_channels=len(sources))
             centers = cells[[_Y, _X]].to_numpy(dtype=np.float64)
             try:
-                patches, inside = crop_patches(
-                    field, centers, self._settings.patch_size, self._settings.border
-                )
+                patches, inside = crop_patches(field_, centers, size, border)
             except FieldError as error:
                 raise FieldError(f"image {number} ({sources[0]}): {error}") from error
+            reasons.append(np.where(inside, self._judge(patches), _BORDER))
+            if self._settings.illumination:
+                plate = str(cells[PLATE].iloc[0])
+                corrected = correct(field_, _illumination(self._staging, plate))
+                patches, _ = crop_patches(corrected, centers, size, border)
             parts.append(patches)
-            kept.append(inside)
-        return _stack(parts, frame), np.concatenate(kept)
+        return _stack(parts, frame), np.concatenate(reasons)
 
 
 class _PrepareStacks(_Prepare):
-    def _channels(self) -> tuple[str, ...]:
-        return tuple(self._settings.stacks.channels if self._settings.stacks else ())
+    """Takes patches that are cut already."""
 
-    def _patches(self, frame: pd.DataFrame) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self._channels = tuple(config.prepare.stacks.channels if config.prepare.stacks else ())
+
+    def _patches(self, frame: pd.DataFrame) -> tuple[NDArray[Any], NDArray[np.str_]]:
         parts = []
         for file, cells in frame.groupby(FILE, sort=False):
-            patches = read_stack(str(file), cells[PAGE].to_numpy(), len(self._channels()))
+            patches = read_stack(str(file), cells[PAGE].to_numpy(), len(self._channels))
             if patches.shape[-1] != self._settings.patch_size:
                 raise FieldError(
                     f"{file}: its patches are {patches.shape[-1]} px, prepare.patch_size is "
                     f"{self._settings.patch_size}; set it to the stacks' size"
                 )
             parts.append(patches)
-        return _stack(parts, frame), np.ones(len(frame), dtype=bool)
+        patches = _stack(parts, frame)
+        return patches, self._judge(patches)
 
 
 def _sources(cells: pd.DataFrame) -> list[str]:
@@ -237,20 +273,36 @@ def _stack(parts: list[NDArray[Any]], frame: pd.DataFrame) -> NDArray[Any]:
     return np.concatenate(parts)
 
 
-def _fit_illumination(config: Config, units: list[CellRange], staging: str) -> None:
-    """Average the fields of every plate on the cluster and lay its function down for the workers."""
+def _fit_illumination(config: Config, units: list[CellRange], staging: str) -> dict[str, str]:
+    """Average every plate's fields on the cluster and lay its function down for the workers.
+
+    Returns
+    -------
+    dict
+        Plates whose fields cannot be used, with the reason.
+    """
     import ray
 
+    refused = {}
     total = ray.remote(num_cpus=config.cluster.cpus_per_task)(_sum_fields)
     for plate in sorted({unit.plate for unit in units}):
         waiting = [total.remote(unit) for unit in units if unit.plate == plate]
         whole = IlluminationSum()
-        while waiting:
-            ready, waiting = ray.wait(waiting)
-            whole.merge(ray.get(ready[0]))
+        try:
+            while waiting:
+                ready, waiting = ray.wait(waiting)
+                whole.merge(ray.get(ready[0]))
+        except Cp2ImageError as error:  # Ray adds its traceback to the message
+            refused[plate] = str(getattr(error, "cause", error))
+            continue
         buffer = io.BytesIO()
         np.save(buffer, whole.function(), allow_pickle=False)
-        write_bytes(join(staging, f"{plate_folder(plate)}.npy"), buffer.getvalue())
+        write_bytes(_function_uri(staging, plate), buffer.getvalue())
+    return refused
+
+
+def _function_uri(staging: str, plate: str) -> str:
+    return join(staging, f"{plate_folder(plate)}.npy")
 
 
 def _sum_fields(unit: CellRange) -> IlluminationSum:
@@ -263,8 +315,6 @@ def _sum_fields(unit: CellRange) -> IlluminationSum:
 
 @lru_cache(maxsize=2)
 def _illumination(staging: str, plate: str) -> NDArray[np.float32]:
-    data = read_bytes(join(staging, f"{plate_folder(plate)}.npy"))
+    data = read_bytes(_function_uri(staging, plate))
     function: NDArray[np.float32] = np.load(io.BytesIO(data), allow_pickle=False)
     return function
-
-

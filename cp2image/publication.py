@@ -10,7 +10,7 @@ bytes again, so faults can neither lose nor double a cell.
 import json
 import traceback
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -26,11 +26,14 @@ from cp2image.dataset import (
     manifest_uri,
     plate_folder,
     read_manifests,
+    read_schema,
 )
 from cp2image.errors import Cp2ImageError, DatasetError
-from cp2image.storage import delete_tree, exists, join, list_files, move, write_bytes
+from cp2image.storage import delete_tree, exists, join, list_files, move, read_bytes, write_bytes
 
 ATTEMPTS = "_attempts"
+_CRASHES = 2
+"""Further attempts at a unit whose process dies, before it counts as failed."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ Process = Callable[[CellRange], Outcome]
 
 @dataclass(frozen=True)
 class UnitRecord:
-    """What became of one unit."""
+    """What became of one unit; ``final`` errors are not tried again."""
 
     number: int
     rows: int = 0
@@ -72,16 +75,16 @@ class UnitRecord:
 
 @dataclass(frozen=True)
 class Publication:
-    """The account of a job that wrote a dataset.
+    """The account of a dataset, as a job that wrote it leaves it.
 
     Attributes
     ----------
     uri
         The dataset.
     plates
-        Plate → ``in``, ``out`` and one count per reason for dropping a cell.
+        Published plate → ``in``, ``out`` and one count per reason for dropping a cell.
     skipped
-        Plates that an earlier run had finished.
+        Plates that were there before.
     """
 
     uri: str
@@ -107,35 +110,26 @@ class Publication:
         )
 
 
-class _Worker:
-    """One actor of the pool: runs the process on units and stores what comes out."""
+def finished_plates(
+    uri: str, fingerprint: str, inputs: Mapping[str, str] | None = None
+) -> dict[str, Manifest]:
+    """Return the plates of a dataset that need no more work.
 
-    def __init__(self, factory: Callable[[], Process], folder: str) -> None:
-        self.process, self.folder = factory(), folder
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, str]:
-        number = int(row["number"])
-        unit = CellRange(**json.loads(row["unit"]))
-        try:
-            outcome = self.process(unit)
-            table = outcome.table
-            data = to_parquet(table) if table.num_rows else b""
-            if data:
-                write_bytes(_attempt(self.folder, unit), data)
-            columns = ",".join(f"{f.name}:{f.type}" for f in table.schema)
-            record = UnitRecord(
-                number, table.num_rows, len(data), columns, outcome.dropped, outcome.noted
+    Raises
+    ------
+    DatasetError
+        If plates there were written with other settings or from another input.
+    """
+    done = read_manifests(uri)
+    for plate, known in sorted(done.items()):
+        source = (inputs or {}).get(plate, known.input)
+        if (known.fingerprint, known.input) != (fingerprint, source):
+            what = "other settings" if known.fingerprint != fingerprint else "another input"
+            raise DatasetError(
+                f"{uri}: holds plate {plate!r}, written with {what}; write to another folder, or "
+                "remove this one yourself"
             )
-        except Cp2ImageError as error:
-            record = UnitRecord(number, error=str(error), final=not isinstance(error, OSError))
-        except Exception as error:  # a bug or a lost node's leftovers: reported, then retried
-            trace = traceback.format_exc(limit=-3)
-            record = UnitRecord(number, error=f"{type(error).__name__}: {error}\n{trace}")
-        return {"record": json.dumps(asdict(record))}
-
-
-def _attempt(folder: str, unit: CellRange) -> str:
-    return join(folder, plate_folder(unit.plate), f"part-{unit.index:05d}.parquet")
+    return done
 
 
 def publish(
@@ -146,8 +140,10 @@ def publish(
     fingerprint: str,
     *,
     label: str,
-    gpus_per_task: float = 0.0,
+    inputs: Mapping[str, str] | None = None,
     left_out: Mapping[str, Mapping[str, int]] | None = None,
+    refused: Mapping[str, str] | None = None,
+    gpus_per_task: float = 0.0,
 ) -> Publication:
     """Run ``factory()`` on every unit of every unpublished plate and publish plate by plate.
 
@@ -156,7 +152,7 @@ def publish(
     uri
         The dataset to write.
     units
-        All units of all plates wanted.
+        All units of all plates wanted; those of published plates are skipped.
     factory
         Called once in each actor; returns the function that turns a unit into a table.
     config
@@ -165,48 +161,50 @@ def publish(
         Tells outputs of other settings apart.
     label
         Shown on the progress bar.
-    gpus_per_task
-        Share of a GPU that each actor takes.
+    inputs
+        Plate → what tells its input apart from an earlier one.
     left_out
         Plate → reason → cells that were left out before the units were cut; they are counted.
+    refused
+        Plate → why it cannot be done; it counts as failed and its units are not tried.
+    gpus_per_task
+        Share of a GPU that each actor takes.
 
     Raises
     ------
     DatasetError
-        If the dataset holds plates of other settings, or if plates failed: the others are
-        published, the message names the failed ones and the first reason of each.
+        If the dataset holds plates of other settings or inputs, or if plates failed: the others
+        are published, the message names the failed ones and the first reason of each.
     """
-    todo: dict[str, list[CellRange]] = defaultdict(list)
-    for unit in units:
-        todo[unit.plate].append(unit)
-    done = read_manifests(uri)
-    other = [plate for plate, known in done.items() if known.fingerprint != fingerprint]
-    if other:
-        raise DatasetError(
-            f"{uri}: holds {len(other)} plate(s) written with other settings or inputs (such as "
-            f"{other[0]!r}); write to another folder, or remove this one yourself"
-        )
-    accounts = {plate: dict(known.account) for plate, known in done.items() if plate in todo}
-    skipped = tuple(sorted(accounts))
-    work = [unit for plate, group in sorted(todo.items()) if plate not in done for unit in group]
+    done = finished_plates(uri, fingerprint, inputs)
+    failed = dict(refused or {})
+    work = [unit for unit in units if unit.plate not in done and unit.plate not in failed]
+    work.sort(key=lambda unit: (unit.plate, unit.index))
     folder = join(uri, ATTEMPTS, fingerprint)
     write_bytes(join(uri, "_config.yaml"), config.yaml().encode())
-    failed: dict[str, str] = {}
+    accounts = {plate: dict(known.account) for plate, known in done.items()}
     if work:
-        job = _Job(uri, folder, fingerprint, label, gpus_per_task, left_out or {})
-        fresh, failed = _run(job, work, factory, config.cluster)
+        filled = [known for known in done.values() if known.parts]
+        columns = _columns(read_schema(uri, filled[0])) if filled else ""
+        job = _Job(
+            uri, folder, fingerprint, label, gpus_per_task, columns, inputs or {}, left_out or {}
+        )
+        fresh, broken = _run(job, work, factory, config.cluster)
         accounts |= fresh
-    result = Publication(uri, accounts, skipped)
-    account = {"totals": result.totals, "plates": accounts, "failed": failed}
+        failed |= broken
+    result = Publication(uri, dict(sorted(accounts.items())), tuple(sorted(done)))
+    account = {"totals": result.totals, "plates": result.plates, "failed": failed}
     write_bytes(join(uri, "_account.json"), json.dumps(account, indent=1).encode())
     delete_tree(folder)
     if not list_files(join(uri, ATTEMPTS)):
         delete_tree(join(uri, ATTEMPTS))
     if failed:
+        tried = len(failed) + len(accounts) - len(done)
         shown = "\n".join(f"  plate {plate}: {why}" for plate, why in sorted(failed.items())[:10])
+        more = f"\n  and {len(failed) - 10} more, see _account.json" if len(failed) > 10 else ""
         raise DatasetError(
-            f"{uri}: {len(failed)} of {len(todo)} plates failed, the others are published; "
-            f"run the job again to try only these:\n{shown}"
+            f"{uri}: {len(failed)} of {tried} plates failed, the others are published; "
+            f"run the job again to try only these:\n{shown}{more}"
         )
     return result
 
@@ -220,44 +218,83 @@ class _Job:
     fingerprint: str
     label: str
     gpus: float
+    columns: str
+    inputs: Mapping[str, str]
     left_out: Mapping[str, Mapping[str, int]]
+
+
+class _Worker:
+    """One actor of the pool: runs the process on units and stores what comes out."""
+
+    def __init__(self, factory: Callable[[], Process], folder: str) -> None:
+        self._factory, self._folder = factory, folder
+        self._process: Process | None = None
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, str]:
+        number = int(row["number"])
+        try:
+            record = self._work(number, CellRange(**json.loads(row["unit"])))
+        except Cp2ImageError as error:
+            record = UnitRecord(number, error=str(error), final=not isinstance(error, OSError))
+        except Exception as error:  # a bug or a lost node's leftovers: reported, then retried
+            trace = traceback.format_exc(limit=-3)
+            record = UnitRecord(number, error=f"{type(error).__name__}: {error}\n{trace}")
+        return {"record": json.dumps(asdict(record))}
+
+    def _work(self, number: int, unit: CellRange) -> UnitRecord:
+        if self._process is None:
+            self._process = self._factory()
+        outcome = self._process(unit)
+        table = outcome.table
+        data = to_parquet(table) if table.num_rows else b""
+        if data:
+            write_bytes(_attempt(self._folder, unit), data)
+        counts = (table.num_rows, len(data), _columns(table.schema))
+        return UnitRecord(number, *counts, outcome.dropped, outcome.noted)
+
+
+def _attempt(folder: str, unit: CellRange) -> str:
+    return join(folder, plate_folder(unit.plate), f"part-{unit.index:05d}.parquet")
+
+
+def _columns(schema: pa.Schema) -> str:
+    return ",".join(f"{column.name}:{column.type}" for column in schema)
 
 
 def _run(
     job: _Job, work: list[CellRange], factory: Callable[[], Process], cluster: Cluster
 ) -> tuple[dict[str, dict[str, int]], dict[str, str]]:
-    waiting = defaultdict(set)
+    """Return the accounts of the plates published and the reasons of those that failed."""
+    numbers: dict[str, list[int]] = defaultdict(list)
     for number, unit in enumerate(work):
-        waiting[unit.plate].add(number)
+        numbers[unit.plate].append(number)
     records: dict[int, UnitRecord] = {}
     accounts: dict[str, dict[str, int]] = {}
     failed: dict[str, str] = {}
-    columns = ""
+    columns = job.columns
     pending = list(range(len(work)))
     with tqdm(total=sum(u.rows for u in work), desc=job.label, unit=" cells", mininterval=1) as bar:
-        for attempt in range(cluster.retries + 1):
+        for left in reversed(range(cluster.retries + 1)):
             again = []
             for record in _map(pending, work, factory, job, cluster):
                 unit = work[record.number]
-                columns = columns or (record.columns if record.rows else "")
-                if not record.error and record.rows and record.columns != columns:
-                    what = _difference(columns, record.columns)
-                    record = UnitRecord(record.number, error=what, final=True)
-                if record.error:
-                    if record.final or attempt == cluster.retries:
-                        failed.setdefault(unit.plate, record.error)
-                        bar.update(unit.rows)
-                    else:
-                        again.append(record.number)
+                error = record.error or _lost_cells(unit, record) or _other_columns(columns, record)
+                if record.error and left and not record.final:
+                    again.append(record.number)
                     continue
-                records[record.number] = record
                 bar.update(unit.rows)
-                waiting[unit.plate].discard(record.number)
-                if not waiting[unit.plate]:
-                    group = [n for n, u in enumerate(work) if u.plate == unit.plate]
-                    pairs = [(work[n], records[n]) for n in group]
-                    accounts[unit.plate] = _publish_plate(job, pairs)
-            pending = [n for n in again if work[n].plate not in failed]
+                if error:
+                    failed.setdefault(unit.plate, error)
+                    continue
+                columns = columns or (record.columns if record.rows else "")
+                records[record.number] = record
+                if all(number in records for number in numbers[unit.plate]):
+                    pairs = [(work[n], records[n]) for n in numbers[unit.plate]]
+                    try:
+                        accounts[unit.plate] = _publish_plate(job, pairs)
+                    except Cp2ImageError as problem:
+                        failed[unit.plate] = str(problem)
+            pending = [number for number in again if work[number].plate not in failed]
             if not pending:
                 break
     return accounts, failed
@@ -269,58 +306,82 @@ def _map(
     factory: Callable[[], Process],
     job: _Job,
     cluster: Cluster,
-) -> Iterable[UnitRecord]:
+) -> Iterator[UnitRecord]:
+    """Run units on a pool of actors; yield one record of each, in any order."""
     import ray
-    from ray.data import ActorPoolStrategy
 
     room = int(ray.cluster_resources().get("CPU", 1) // cluster.cpus_per_task)
     size = max(1, min(cluster.tasks or room, room, len(numbers)))
     items = [{"number": n, "unit": json.dumps(asdict(work[n]))} for n in numbers]
-    rows = ray.data.from_items(items, override_num_blocks=len(items))
-    mapped = rows.map(
+    mapped = ray.data.from_items(items, override_num_blocks=len(items)).map(
         _Worker,
         fn_constructor_args=(factory, job.folder),
-        compute=ActorPoolStrategy(min_size=1, max_size=size, max_tasks_in_flight_per_actor=2),
+        compute=ray.data.ActorPoolStrategy(
+            min_size=1, max_size=size, max_tasks_in_flight_per_actor=2
+        ),
         num_cpus=cluster.cpus_per_task,
         num_gpus=job.gpus or None,
+        max_task_retries=_CRASHES,
     )
+    mapped.context.max_errored_blocks = -1  # a unit whose process keeps dying must not end the job
+    silent = set(numbers)
     for row in mapped.iter_rows():
-        yield UnitRecord(**json.loads(row["record"]))
+        record = UnitRecord(**json.loads(row["record"]))
+        silent.discard(record.number)
+        yield record
+    for number in sorted(silent):
+        yield UnitRecord(
+            number,
+            error=f"part {work[number].index}: the process died each time it worked on it, perhaps "
+            "for want of memory; give tasks more CPUs or fewer cells (cluster.cells_per_task)",
+        )
+
+
+def _lost_cells(unit: CellRange, record: UnitRecord) -> str:
+    dropped = sum(record.dropped.values())
+    if unit.rows == record.rows + dropped:
+        return ""
+    return (
+        f"part {unit.index}: {unit.rows} cells went in, {record.rows} came out and {dropped} were "
+        "dropped; this is a bug, please report it"
+    )
+
+
+def _other_columns(known: str, record: UnitRecord) -> str:
+    if not record.rows or not known or record.columns == known:
+        return ""
+    a, b = known.split(","), record.columns.split(",")
+    missing, extra = [c for c in a if c not in b], [c for c in b if c not in a]
+    if not (missing or extra):
+        return "its columns are in another order than those of the plates before it"
+    return (
+        "its columns differ from the plates before it: "
+        f"missing {', '.join(missing[:5]) or 'none'}; extra {', '.join(extra[:5]) or 'none'}. "
+        "All plates of a dataset must come from one pipeline"
+    )
 
 
 def _publish_plate(job: _Job, pairs: list[tuple[CellRange, UnitRecord]]) -> dict[str, int]:
+    """Move a plate's files to their place, write its manifest, return its account."""
     plate = pairs[0][0].plate
+    place = manifest_uri(job.uri, plate)
+    if exists(place):  # another run of the same job was faster
+        return dict(Manifest.from_json(read_bytes(place)).account)
     before = job.left_out.get(plate, {})
     account: Counter[str] = Counter({"in": sum(before.values()), "out": 0, **before})
     for unit, record in pairs:
-        lost = unit.rows - record.rows - sum(record.dropped.values())
-        if lost:
-            raise DatasetError(
-                f"plate {plate!r}, part {unit.index}: {unit.rows} cells went in, {record.rows} came "
-                f"out and {sum(record.dropped.values())} were dropped; this is a bug, please report it"
-            )
         account.update({"in": unit.rows, "out": record.rows})
         account.update(record.dropped)
         account.update(record.noted)
-    target = join(job.uri, plate_folder(plate))
-    if exists(target):  # left by a publication that was interrupted before its manifest
-        delete_tree(target)
+    delete_tree(join(job.uri, plate_folder(plate)))  # of a run that ended before its manifest
     parts = []
     for unit, record in pairs:
         if record.rows:
             name = join(plate_folder(plate), f"part-{unit.index:05d}.parquet")
             move(_attempt(job.folder, unit), join(job.uri, name))
             parts.append(Part(name, record.rows, record.bytes))
-    manifest = Manifest(plate, job.fingerprint, tuple(parts), dict(account))
-    write_bytes(manifest_uri(job.uri, plate), manifest.to_json())
-    return dict(account)
-
-
-def _difference(known: str, found: str) -> str:
-    a, b = set(known.split(",")), set(found.split(","))
-    missing, extra = sorted(a - b)[:5], sorted(b - a)[:5]
-    return (
-        "its columns differ from the plates before it: "
-        f"missing {', '.join(missing) or 'none'}; extra {', '.join(extra) or 'none'}. "
-        "All plates of a dataset must come from one pipeline"
+    manifest = Manifest(
+        plate, job.fingerprint, tuple(parts), dict(account), job.inputs.get(plate, "")
     )
+    write_bytes(place, manifest.to_json())
+    return dict(account)

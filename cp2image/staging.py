@@ -1,5 +1,4 @@
-"""Tables on their way to the workers: one Parquet file per plate, cut into units. Floor: beside
-dataset.
+"""Tables on their way to the workers: a Parquet file per plate, in units. Floor: beside dataset.
 
 A CSV or SQLite table is parsed once, plate by plate, and laid down beside the output; workers then
 read only their own rows. The files go when the job ends.
@@ -50,7 +49,8 @@ def stage_plate(
         groups = cells.groupby(list(together), sort=False, dropna=False).size().tolist()
     else:
         groups = [1] * len(cells)
-    units, start, rows = [], 0, 0
+    units: list[CellRange] = []
+    start = rows = 0
     for number, count in enumerate(groups, start=1):
         rows += int(count)
         if rows >= size or number == len(groups):

@@ -49,6 +49,14 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     yaml_implicit_resolvers = _WRITTEN
 
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        # Line breaks beyond ASCII would be folded when read back, unless they are escaped.
+        style = None if text.isprintable() else '"'
+        return self.represent_scalar(_TAG + "str", text, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
+
 
 def load_yaml(text: str) -> Any:
     """Return the content of one YAML document.

@@ -28,7 +28,7 @@ def test_the_step_gets_the_config_and_its_result_is_printed(tmp_path, capsys):
         return "4 cells in runs/x"
 
     assert run_job("Train.", step, argv=argv) == 0
-    assert seen == [read_config(str(path), ["train.steps=4", "run.name=x"])]
+    assert seen == [read_config(str(path), ["train.steps=4", "run.name=x"]).anchor()]
     assert capsys.readouterr() == ("4 cells in runs/x\n", "")
 
 
@@ -51,7 +51,7 @@ def test_a_dry_run_prints_yaml_and_the_preview_and_runs_nothing(capsys):
 
 def test_a_dry_run_without_preview_prints_the_config_alone(capsys):
     assert run_job("Train.", never, argv=["--dry-run"]) == 0
-    assert capsys.readouterr().out.rstrip() == read_config(None).yaml().rstrip()
+    assert capsys.readouterr().out.rstrip() == read_config(None).anchor().yaml().rstrip()
 
 
 @pytest.mark.parametrize("dry", [[], ["--dry-run"]])

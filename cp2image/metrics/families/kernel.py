@@ -1,4 +1,8 @@
-"""How the batch kernels are compiled. Floor 1: numba."""
+"""How the batch kernels are compiled. Floor 1: numba.
+
+Compiled kernels are kept in ``__pycache__``. numba looks only at a kernel's own file: after a
+change in a kernel that those of other files call, delete the ``*.nbi`` files there.
+"""
 
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
