@@ -22,16 +22,18 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from cp2image.columns import IDENTITY, PLATE, require_columns
-from cp2image.data.identity import cell_keys
+from cp2image.data.identity import cell_keys, texts
 from cp2image.data.intensity import Intensity
 from cp2image.data.scaling import Scaling
 from cp2image.data.schema import PatchFormat
 from cp2image.data.splits import Splits
-from cp2image.errors import CheckpointError
+from cp2image.errors import CheckpointError, ColumnError, StorageError
 from cp2image.models.cp2image import Generator
-from cp2image.storage import exists, join, read_bytes, write_bytes
+from cp2image.storage import exists, join, name_of, read_bytes, write_bytes
 
 FORMAT_VERSION = 1
+PRESETS = ("paper",)
+"""Networks that a checkpoint's weights can belong to."""
 _PASS = 104
 """Cells per forward pass. Always the same, so that the batch a cell is in does not change it."""
 
@@ -71,19 +73,34 @@ class Model:
         Names of the columns it needs, in order.
     channels
         Names of the channels it draws, in order.
+    card, scaling, intensity, splits
+        What the checkpoint says of itself, and how features, pixels and cells were treated.
+    config
+        The resolved experiment that trained it, as YAML.
+    hash
+        SHA-256 of the weights.
     """
 
     def __init__(
-        self, card: ModelCard, scaling: Scaling, intensity: Intensity, splits: Splits,
-        weights: dict[str, Tensor], *, config: str = "", hash: str = "", device: str = "cpu",
+        self,
+        card: ModelCard,
+        scaling: Scaling,
+        intensity: Intensity,
+        splits: Splits,
+        weights: dict[str, Tensor],
+        *,
+        config: str = "",
+        weights_hash: str = "",
+        device: str = "cpu",
     ) -> None:
         self.card, self.scaling, self.intensity, self.splits = card, scaling, intensity, splits
-        self.config, self.hash, self._device = config, hash, device
+        self.config, self.hash, self._device = config, weights_hash, device
         self._generator = Generator(len(scaling.features), len(card.channels), card.patch_size)
         self._generator.load_state_dict(weights)
         self._generator.eval().requires_grad_(False).to(device)
         if device == "cpu":
-            self._generator.to(memory_format=torch.channels_last)
+            layout = torch.channels_last
+            self._generator.to(memory_format=layout)  # type: ignore[call-overload]
 
     @property
     def features(self) -> tuple[str, ...]:
@@ -98,9 +115,7 @@ class Model:
     @property
     def patch_format(self) -> PatchFormat:
         """Format of the patches it draws: 8 bit, in the model's own normalisation."""
-        return PatchFormat(
-            self.channels, self.card.patch_size, "uint8", 8, self.intensity.kind
-        )
+        return PatchFormat(self.channels, self.card.patch_size, "uint8", 8, self.intensity.kind)
 
     def generate(self, profiles: pd.DataFrame | NDArray[Any], seed: int = 0) -> NDArray[np.uint8]:
         """Draw one patch per row.
@@ -122,22 +137,22 @@ class Model:
         Raises
         ------
         ColumnError
-            If features are missing or doubled, with the nearest names.
+            If features are missing or doubled, with the nearest names, or hold no numbers.
         CheckpointError
             If an array has another width.
         """
         if isinstance(profiles, pd.DataFrame):
             require_columns(list(profiles.columns), self.features, "the table of profiles")
-            values = profiles[list(self.features)].to_numpy(dtype=np.float64, na_value=np.nan)
-            plates = profiles[PLATE].astype(str).tolist() if PLATE in profiles else [""] * len(values)
+            values = _numbers(profiles[list(self.features)])
+            plates = texts(profiles[PLATE]).tolist() if PLATE in profiles else [""] * len(values)
             known = set(IDENTITY) <= set(profiles.columns)
             keys = cell_keys(profiles) if known else np.arange(len(values), dtype=np.uint64)
         else:
             values = np.asarray(profiles, dtype=np.float64)
             if values.ndim != 2 or values.shape[1] != len(self.features):
                 raise CheckpointError(
-                    f"profiles have shape {values.shape}, the model takes (N, {len(self.features)}): "
-                    "one column per entry of .features, in that order"
+                    f"profiles have shape {values.shape}, the model takes "
+                    f"(N, {len(self.features)}): one column per entry of .features, in that order"
                 )
             plates = [""] * len(values)
             keys = np.arange(len(values), dtype=np.uint64)
@@ -159,11 +174,45 @@ class Model:
         return out
 
 
+def _numbers(frame: pd.DataFrame) -> NDArray[np.float64]:
+    try:
+        return frame.to_numpy(dtype=np.float64, na_value=np.nan)
+    except (TypeError, ValueError):
+        for name in frame.columns:
+            found = frame[name]
+            bad = found[pd.to_numeric(found, errors="coerce").isna() & found.notna()]
+            if len(bad):
+                raise ColumnError(
+                    f"the table of profiles: column {name!r} holds {bad.iloc[0]!r} in row "
+                    f"{bad.index[0]!r}, expected numbers; read the table with that column as float"
+                ) from None
+        raise
+
+
 def save_checkpoint(
-    uri: str, card: ModelCard, scaling: Scaling, intensity: Intensity, splits: Splits,
-    generator: dict[str, Tensor], discriminator: dict[str, Tensor], config: str,
+    uri: str,
+    card: ModelCard,
+    *,
+    scaling: Scaling,
+    intensity: Intensity,
+    splits: Splits,
+    generator: dict[str, Tensor],
+    discriminator: dict[str, Tensor],
+    config: str,
 ) -> None:
-    """Write a checkpoint folder; ``checkpoint.json``, with the files' hashes, comes last."""
+    """Write a checkpoint folder; ``checkpoint.json``, with the files' hashes, comes last.
+
+    Parameters
+    ----------
+    uri
+        The folder.
+    card, scaling, intensity, splits
+        As in `Model`.
+    generator, discriminator
+        State dicts of the networks.
+    config
+        The resolved experiment as YAML.
+    """
     files = {
         "weights.safetensors": save_tensors(_plain(generator)),
         "discriminator.safetensors": save_tensors(_plain(discriminator)),
@@ -189,7 +238,7 @@ def save_checkpoint(
 
 
 def save_scaling(uri: str, scaling: Scaling) -> None:
-    """Store a scaling alone in one file, for workers that need more plates than a checkpoint has."""
+    """Store a scaling alone in one file: workers may need more plates than a checkpoint has."""
     about = np.frombuffer(json.dumps(scaling.describe()).encode(), dtype=np.uint8)
     write_bytes(uri, save_arrays({**scaling.to_tensors(), "description": about}))
 
@@ -204,6 +253,17 @@ def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
 
 
+def read_card(uri: str) -> ModelCard:
+    """Return what a checkpoint folder says about itself, without loading its weights.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no checkpoint, or one of a later version.
+    """
+    return _card(_description(uri, uri))
+
+
 def load_model(uri: str, device: str = "cpu") -> Model:
     """Load a checkpoint folder, or an MLflow model named ``models:/name@alias`` or ``runs:/…``.
 
@@ -213,41 +273,76 @@ def load_model(uri: str, device: str = "cpu") -> Model:
         If it is missing, of a later version, or its files do not match their recorded hashes.
     """
     folder = _download(uri) if uri.startswith(("models:/", "runs:/")) else uri
-    if not exists(join(folder, "checkpoint.json")):
-        raise CheckpointError(
-            f"{uri}: no checkpoint (checkpoint.json is missing); train one with jobs/train.py or "
-            "check train.output"
-        )
-    try:
-        data = json.loads(read_bytes(join(folder, "checkpoint.json")))
-        version = data["format_version"]
-    except (ValueError, KeyError) as error:
-        raise CheckpointError(f"{uri}: checkpoint.json is damaged ({error})") from error
-    if version > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{uri}: format {version}, this program reads up to {FORMAT_VERSION}; update cp2image"
-        )
+    data = _description(uri, folder)
     files = {}
     for name, expected in data["sha256"].items():
         if name == "discriminator.safetensors":
             continue
-        files[name] = read_bytes(join(folder, name))
+        files[name] = _read_file(uri, join(folder, name))
         found = hashlib.sha256(files[name]).hexdigest()
         if found != expected:
             raise CheckpointError(
                 f"{uri}: {name} is not the file that was saved (sha256 {found[:12]}…, expected "
                 f"{expected[:12]}…); copy the checkpoint again"
             )
-    card = ModelCard(
-        data["preset"], tuple(data["channels"]), data["patch_size"], data["steps"],
-        data["metrics"], data["notes"],
-    )
     scaling = Scaling.from_tensors(load_arrays(files["scaling.safetensors"]), data["scaling"])
     return Model(
-        card, scaling, Intensity.from_json(data["intensity"]), Splits.from_json(data["splits"]),
-        load_tensors(files["weights.safetensors"]), config=files["config.yaml"].decode(),
-        hash=data["sha256"]["weights.safetensors"], device=device,
+        _card(data),
+        scaling,
+        Intensity.from_json(data["intensity"]),
+        Splits.from_json(data["splits"]),
+        load_tensors(files["weights.safetensors"]),
+        config=files["config.yaml"].decode(),
+        weights_hash=data["sha256"]["weights.safetensors"],
+        device=device,
     )
+
+
+def _description(uri: str, folder: str) -> dict[str, Any]:
+    """Return ``checkpoint.json``; ``uri`` is what the user asked for."""
+    if not exists(join(folder, "checkpoint.json")):
+        raise CheckpointError(
+            f"{uri}: no checkpoint (checkpoint.json is missing); train one with jobs/train.py or "
+            "check train.output"
+        )
+    try:
+        data: dict[str, Any] = json.loads(read_bytes(join(folder, "checkpoint.json")))
+        version, preset = data["format_version"], data["preset"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{uri}: checkpoint.json is damaged ({error!r})") from error
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{uri}: format {version}, this program reads up to {FORMAT_VERSION}; update cp2image"
+        )
+    if preset not in PRESETS:
+        raise CheckpointError(
+            f"{uri}: a model of preset {preset!r}, this program knows {', '.join(PRESETS)}; "
+            "update cp2image"
+        )
+    return data
+
+
+def _card(data: dict[str, Any]) -> ModelCard:
+    return ModelCard(
+        data["preset"],
+        tuple(data["channels"]),
+        data["patch_size"],
+        data["steps"],
+        data["metrics"],
+        data["notes"],
+    )
+
+
+def _read_file(uri: str, place: str) -> bytes:
+    try:
+        return read_bytes(place)
+    except StorageError as error:
+        if exists(place):
+            raise
+        raise CheckpointError(
+            f"{uri}: {name_of(place)} is missing, checkpoint.json names it; copy the checkpoint "
+            "again"
+        ) from error
 
 
 def _download(uri: str) -> str:
@@ -256,7 +351,8 @@ def _download(uri: str) -> str:
     try:
         folder = mlflow.artifacts.download_artifacts(uri)
     except Exception as error:  # MLflow's exceptions differ by store
-        raise CheckpointError(f"{uri}: MLflow has no such model ({error})") from error
-    return join(str(folder), "checkpoint")
-
-
+        raise CheckpointError(
+            f"{uri}: MLflow has no such model ({error}); check the name, the alias and "
+            "MLFLOW_TRACKING_URI"
+        ) from error
+    return join(str(folder), "data", "checkpoint")  # where MLflow puts a logged folder

@@ -201,7 +201,10 @@ class Train(Section):
     minutes: Amount | None = None
     """Stop after this many minutes of training even if ``steps`` are not reached."""
     batch_size: Positive | None = None
-    """Cells per step over all workers; None: one of each treatment, the paper's 104."""
+    """Cells per step over all workers; None: as many as treatments, the paper's 104."""
+    balance: Literal["treatment", "cell"] = "treatment"
+    """Draw every treatment alike (the paper's way), or every cell alike: better where many
+    treatments have a handful of cells, which would be seen again and again."""
     normalisation: Literal["per_patch_max", "plate_percentile"] = "per_patch_max"
     workers: Positive = 1
     threads: Positive | None = None
@@ -250,6 +253,18 @@ class Evaluate(Section):
     """The generator for the shuffle control; empty: the run's own."""
 
 
+class Benchmark(Section):
+    """Speed beside what a user would otherwise write (`cp2image.benchmarks`)."""
+
+    which: list[Literal["measure"]] = ["measure"]
+    output: str = ""
+    patches: Positive = 96
+    """Patches that both ways work on; the plain way takes a tenth of a second for each."""
+    repetitions: Positive = 5
+    sizes: Annotated[list[Positive], Field(min_length=1)] = [1_000, 10_000, 50_000]
+    """Numbers of patches for which growth of time and memory is shown, rising."""
+
+
 class Tracking(Section):
     """MLflow."""
 
@@ -274,6 +289,7 @@ class Config(Section):
     train: Train = Train()
     generate: Generate = Generate()
     evaluate: Evaluate = Evaluate()
+    benchmark: Benchmark = Benchmark()
     tracking: Tracking = Tracking()
 
     def resolve(self) -> "Config":
@@ -297,6 +313,7 @@ class Config(Section):
                 "output": join(folder, "report"),
                 "checkpoint": join(folder, "checkpoint"),
             },
+            "benchmark": {"output": join(folder, "benchmark")},
         }
         data = self.model_dump()
         for section, defaults in filled.items():
@@ -312,14 +329,14 @@ class Config(Section):
         ConfigError
             If a submitted job would write into the cluster's temporary copy of the working folder.
         """
-        here = os.getcwd()
-        if "://" not in self.run.folder and not self.run.folder.startswith(("/", "~")):
-            if _JOB_COPY in here:
-                raise ConfigError(
-                    f"run.folder = {self.run.folder!r}: a submitted job runs in a temporary copy of "
-                    "the working folder, and what it writes there is lost; give an absolute path "
-                    "or an s3:// prefix (--set run.folder=…)"
-                )
+        folder = self.run.folder
+        local = "://" not in folder and not folder.startswith(("/", "~"))
+        if local and _JOB_COPY in os.getcwd():
+            raise ConfigError(
+                f"run.folder = {folder!r}: a submitted job runs in a temporary copy of the working "
+                "folder, and what it writes there is lost; give an absolute path or an s3:// "
+                "prefix (--set run.folder=…)"
+            )
         data = self.model_dump()
         for section, keys in _PATHS.items():
             for key in keys:
@@ -365,6 +382,7 @@ _PATHS = {
     "train": ["input", "output"],
     "generate": ["input", "checkpoint", "output"],
     "evaluate": ["real", "generated", "output", "checkpoint", "inception_weights"],
+    "benchmark": ["output"],
 }
 
 

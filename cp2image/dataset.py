@@ -244,5 +244,6 @@ def _parquet(uri: str, version: tuple[Any, Any]) -> pq.ParquetFile:
         return pq.ParquetFile(files.open_input_file(path), pre_buffer=True)
     except pa.ArrowInvalid as error:
         raise DatasetError(
-            f"{uri}: damaged Parquet file ({error}); remove the plate's manifest and publish it again"
+            f"{uri}: damaged Parquet file ({error}); remove the plate's manifest and publish it "
+            "again"
         ) from error

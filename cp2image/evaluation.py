@@ -4,9 +4,7 @@ Both sets are brought to the model's normalisation and to 8 bits, then measured 
 The real cells are those the generated ones were drawn for, so plates, wells and treatments match.
 """
 
-import io
 import json
-
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,7 +73,8 @@ class Report:
             lines.append(
                 f"  Fréchet distance, {name} ({found['dimension']} dimensions): "
                 f"{found['frechet']:.3g} at n = {n:,}; at n = {found['half_n']:,}: "
-                f"{found['frechet_half']:.3g} against a real-real floor of {found['floor_half']:.3g}"
+                f"{found['frechet_half']:.3g} against a real-real floor of "
+                f"{found['floor_half']:.3g}"
             )
         return "\n".join(lines)
 
@@ -113,14 +112,9 @@ def _pair(
     real: CellDataset, generated: CellDataset, model: Model, settings: Evaluate
 ) -> pd.DataFrame:
     """Return the metadata of the cells to compare: in both sets, of the split, even over wells."""
-    tables = []
-    for dataset in (generated, real):
-        plates = sorted(set(generated.manifests) & set(real.manifests))
-        frames = [decode_metadata(t) for t in dataset.read(dataset.metadata, plates)] if plates else []
-        frame = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
-        tables.append(frame.assign(key=cell_keys(frame)) if len(frame) else frame)
-    drawn, known = tables
-    both = drawn[drawn["key"].isin(known["key"])] if len(drawn) and len(known) else drawn.iloc[:0]
+    plates = sorted(set(generated.manifests) & set(real.manifests))
+    drawn, known = _keyed(generated, plates), _keyed(real, plates)
+    both = drawn[drawn["key"].isin(known["key"])]
     if both.empty:
         raise EvaluationError(
             f"{settings.generated} and {settings.real} share no cell (same plate, well, site, "
@@ -139,6 +133,16 @@ def _pair(
     return chosen.drop(columns="turn").sort_values("key", ignore_index=True)
 
 
+def _keyed(dataset: CellDataset, plates: list[str]) -> pd.DataFrame:
+    """Return the metadata of some plates' cells with their keys, no rows if there are none."""
+    tables = dataset.read(dataset.metadata, plates) if plates else iter(())
+    frames = [decode_metadata(table) for table in tables]
+    if not frames:
+        return pd.DataFrame({"key": np.empty(0, np.uint64)})
+    frame = pd.concat(frames, ignore_index=True)
+    return frame.assign(key=cell_keys(frame))
+
+
 def _report(config: Config, model: Model, sets: EvaluationSet) -> Report:
     settings = config.evaluate
     out = settings.output
@@ -146,16 +150,15 @@ def _report(config: Config, model: Model, sets: EvaluationSet) -> Report:
     real, drawn, table = sets.real.measured, sets.generated.measured, sets.real.table
     tables = {"model": feature_correlation(real, drawn, names)}
     shared = [name for name in names if name in table]
-    tables["ceiling"] = feature_correlation(table[shared], real[shared], shared)
+    if shared:
+        tables["ceiling"] = feature_correlation(table[shared], real[shared], shared)
     if sets.shuffled is not None:
         held = real.iloc[sets.shuffled_rows].reset_index(drop=True)
         tables["shuffle control"] = feature_correlation(held, sets.shuffled, names)
     groups = (sets.cells[PLATE].astype(str) + "/" + sets.cells[WELL].astype(str)).tolist()
-    summary = {name: summarise_correlation(table) for name, table in tables.items()}
+    summary = {name: summarise_correlation(found) for name, found in tables.items()}
     if len(set(groups)) > 1:
-        interval = bootstrap_correlation(
-            group_moments(real, drawn, groups, names), resamples=200
-        )
+        interval = bootstrap_correlation(group_moments(real, drawn, groups, names), resamples=200)
         summary["model"]["interval_95_by_well"] = interval.summary
     distances = _distances(config, sets)
     protocol = {
@@ -167,7 +170,8 @@ def _report(config: Config, model: Model, sets: EvaluationSet) -> Report:
         "normalisation": f"{model.intensity.kind}, clamped to [0, 1], 8 bit, both sets",
         "measured": f"{len(names)} features without positions, the same code on both sets",
         "without_nucleus": {
-            "real": sets.real.without_nucleus, "generated": sets.generated.without_nucleus
+            "real": sets.real.without_nucleus,
+            "generated": sets.generated.without_nucleus,
         },
         "angles": "circular correlation (Jammalamadaka and SenGupta)",
         "shuffle_control_cells": 0 if sets.shuffled is None else len(sets.shuffled),
@@ -175,10 +179,9 @@ def _report(config: Config, model: Model, sets: EvaluationSet) -> Report:
         "checkpoint": {"uri": settings.checkpoint, "sha256": model.hash, "steps": model.card.steps},
     }
     report = Report(out, protocol, summary, distances)
-    for name, table in tables.items():
-        text = io.StringIO()
-        table.sort_values("r", ascending=False).to_csv(text, index=False)
-        write_bytes(join(out, f"correlation_{name.replace(' ', '_')}.csv"), text.getvalue().encode())
+    for name, found in tables.items():
+        text = found.sort_values("r", ascending=False).to_csv(index=False)
+        write_bytes(join(out, f"correlation_{name.replace(' ', '_')}.csv"), text.encode())
     _draw(out, model, sets, tables)
     write_bytes(join(out, "_config.yaml"), config.yaml().encode())
     content = {"protocol": protocol, "correlation": summary, "distances": distances}
@@ -188,7 +191,9 @@ def _report(config: Config, model: Model, sets: EvaluationSet) -> Report:
 
 def _draw(out: str, model: Model, sets: EvaluationSet, tables: dict[str, pd.DataFrame]) -> None:
     figure = correlation_curve(
-        tables["model"], ceiling=tables["ceiling"], shuffled=tables.get("shuffle control"),
+        tables["model"],
+        ceiling=tables.get("ceiling"),
+        shuffled=tables.get("shuffle control"),
         title=f"{len(sets.cells):,} cells, {model.card.preset}",
     )
     save(figure, join(out, "correlation.png"))
@@ -200,8 +205,10 @@ def _draw(out: str, model: Model, sets: EvaluationSet, tables: dict[str, pd.Data
     if COMPOUND in sets.cells:
         part = sets.cells.iloc[shown]
         dose = part[CONCENTRATION] if CONCENTRATION in part else [""] * len(part)
-        titles = [f"{c} {d:g}" if isinstance(d, float) and d else f"{c}"
-                  for c, d in zip(part[COMPOUND], dose, strict=True)]
+        titles = [
+            f"{c} {d:g}" if isinstance(d, float) and d else f"{c}"
+            for c, d in zip(part[COMPOUND], dose, strict=True)
+        ]
     figure = figure_pairs(
         sets.real.patches[shown], sets.generated.patches[shown], model.channels, titles=titles
     )
@@ -281,5 +288,3 @@ def _flat(report: Report) -> dict[str, float]:
         for key in ("frechet", "frechet_half", "floor_half", "kernel", "kernel_floor"):
             values[f"distance/{name}/{key}"] = float(found[key])
     return values
-
-

@@ -136,9 +136,7 @@ def _embeddings(config: Config, channels: int) -> dict[str, Any]:
     return found
 
 
-def _gather(
-    config: Config, dataset: CellDataset, cells: pd.DataFrame, label: str
-) -> MeasuredCells:
+def _gather(config: Config, dataset: CellDataset, cells: pd.DataFrame, label: str) -> MeasuredCells:
     keys = cells["key"].to_numpy()
     plates = sorted(cells[PLATE].astype(str).unique())
     columns = dataset.features
@@ -180,6 +178,8 @@ class _Gather:
         metadata = decode_metadata(table)
         keys = cell_keys(metadata)
         rows = np.flatnonzero(np.isin(keys, self._keys))
+        if not len(rows):
+            return pa.table({})
         table, metadata, keys = table.take(pa.array(rows)), metadata.iloc[rows], keys[rows]
         patches = decode_patches(table, self._format)
         if self._format.normalisation == "none":
@@ -234,9 +234,7 @@ class _Draw:
         return found.replace_schema_metadata({"measured": ",".join(measured.columns)})
 
 
-def _measure(
-    pixels: NDArray[np.uint8], channels: Sequence[str], config: Config
-) -> pd.DataFrame:
+def _measure(pixels: NDArray[np.uint8], channels: Sequence[str], config: Config) -> pd.DataFrame:
     settings = config.measure
     return measure(
         pixels,
@@ -261,7 +259,8 @@ def _matrix(table: pa.Table, name: str, dtype: Any = np.float32) -> NDArray[Any]
     width = chunk.type.byte_width
     data = np.frombuffer(chunk.buffers()[1], dtype=np.uint8)
     data = data[chunk.offset * width : (chunk.offset + len(chunk)) * width]
-    return data.view(dtype).reshape(len(chunk), width // np.dtype(dtype).itemsize)
+    matrix: NDArray[Any] = data.view(dtype).reshape(len(chunk), width // np.dtype(dtype).itemsize)
+    return matrix
 
 
 def _map(

@@ -14,7 +14,7 @@ from cp2image.cluster import join_cluster
 from cp2image.columns import IMAGE_NUMBER, METADATA, PLATE, measurements
 from cp2image.config import Config
 from cp2image.data.fields import read_field
-from cp2image.data.illumination import IlluminationSum, correct
+from cp2image.data.illumination import SMOOTHING_PX, IlluminationSum, correct
 from cp2image.data.locations import locate_fields
 from cp2image.data.patches import crop_patches
 from cp2image.data.quality import judge_patches
@@ -210,7 +210,11 @@ class _Prepare:
 
 
 class _PrepareFields(_Prepare):
-    """Cuts patches out of fields; what the camera saw is judged, not what was corrected."""
+    """Cuts patches out of fields.
+
+    What the camera saw is judged: not what was corrected, and at the border of the field not the
+    padding, whose edge would look like structure, but the nearest window within the field.
+    """
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -228,7 +232,8 @@ class _PrepareFields(_Prepare):
                 patches, inside = crop_patches(field_, centers, size, border)
             except FieldError as error:
                 raise FieldError(f"image {number} ({sources[0]}): {error}") from error
-            reasons.append(np.where(inside, self._judge(patches), _BORDER))
+            seen, _ = crop_patches(field_, _move_inside(centers, field_.shape[1:], size), size)
+            reasons.append(np.where(inside, self._judge(seen), _BORDER))
             if self._settings.illumination:
                 plate = str(cells[PLATE].iloc[0])
                 corrected = correct(field_, _illumination(self._staging, plate))
@@ -256,6 +261,16 @@ class _PrepareStacks(_Prepare):
             parts.append(patches)
         patches = _stack(parts, frame)
         return patches, self._judge(patches)
+
+
+def _move_inside(
+    centers: NDArray[np.float64], shape: tuple[int, ...], size: int
+) -> NDArray[np.float64]:
+    """Shift centres so that their windows lie in the field, where the field is large enough."""
+    low = size // 2
+    high = np.maximum(np.array(shape) - size + low, low)
+    moved: NDArray[np.float64] = np.clip(centers, low, np.minimum(high, np.array(shape) - 1))
+    return moved
 
 
 def _sources(cells: pd.DataFrame) -> list[str]:
@@ -296,9 +311,15 @@ def _fit_illumination(config: Config, units: list[CellRange], staging: str) -> d
             refused[plate] = str(getattr(error, "cause", error))
             continue
         buffer = io.BytesIO()
-        np.save(buffer, whole.function(), allow_pickle=False)
+        np.save(buffer, whole.function(_smoothing(whole)), allow_pickle=False)
         write_bytes(_function_uri(staging, plate), buffer.getvalue())
     return refused
+
+
+def _smoothing(fields: IlluminationSum) -> int:
+    """Return the window to smooth with: the usual one, half the field where that is smaller."""
+    sides = SMOOTHING_PX if fields.total is None else min(fields.total.shape[1:])
+    return min(SMOOTHING_PX, sides // 2)
 
 
 def _function_uri(staging: str, plate: str) -> str:

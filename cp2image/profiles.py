@@ -4,7 +4,6 @@ Everything streams plate by plate; what is kept does not grow with the number of
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -98,9 +97,7 @@ def prepare_profiles(dataset: CellDataset, config: Config) -> Preparation:
     return Preparation(splits, selection, scaling, intensity, treatments, counts)
 
 
-def _split(
-    dataset: CellDataset, config: Config
-) -> tuple[Splits, tuple[str, ...], dict[str, int]]:
+def _split(dataset: CellDataset, config: Config) -> tuple[Splits, tuple[str, ...], dict[str, int]]:
     frames = [decode_metadata(table) for table in dataset.read(dataset.metadata)]
     metadata = pd.concat(frames, ignore_index=True)
     splits = fit_splits(metadata, config.split, config.run.seed)
@@ -128,24 +125,3 @@ def _fit_intensity(dataset: CellDataset, splits: Splits, kind: str) -> Intensity
                     fit.add(plate, patches, shape.full_scale)
                     trains = True
     return fit.finish()
-
-
-def extend_scaling(scaling: Scaling, controls: dict[str, Any]) -> Scaling:
-    """Add the plates a scaling does not know, from their own control cells.
-
-    Parameters
-    ----------
-    scaling
-        A checkpoint's.
-    controls
-        Plate → values of its control cells, (n, p) in the scaling's order.
-
-    Returns
-    -------
-    Scaling
-        With a row for every new plate that has at least ``min_controls`` controls.
-    """
-    for plate, values in sorted(controls.items()):
-        if plate not in scaling.plates and len(values) >= scaling.min_controls:
-            scaling = scaling.with_plate(plate, values)
-    return scaling

@@ -9,6 +9,7 @@ bytes again, so faults can neither lose nor double a cell.
 
 import json
 import traceback
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -313,16 +314,19 @@ def _map(
     room = int(ray.cluster_resources().get("CPU", 1) // cluster.cpus_per_task)
     size = max(1, min(cluster.tasks or room, room, len(numbers)))
     items = [{"number": n, "unit": json.dumps(asdict(work[n]))} for n in numbers]
-    mapped = ray.data.from_items(items, override_num_blocks=len(items)).map(
-        _Worker,
-        fn_constructor_args=(factory, job.folder),
-        compute=ray.data.ActorPoolStrategy(
-            min_size=1, max_size=size, max_tasks_in_flight_per_actor=2
-        ),
-        num_cpus=cluster.cpus_per_task,
-        num_gpus=job.gpus or None,
-        max_task_retries=_CRASHES,
-    )
+    rows = ray.data.from_items(items, override_num_blocks=len(items))
+    with warnings.catch_warnings():  # there is no other way yet to limit the retries of a crash
+        warnings.simplefilter("ignore", ray.util.annotations.RayDeprecationWarning)
+        mapped = rows.map(
+            _Worker,
+            fn_constructor_args=(factory, job.folder),
+            compute=ray.data.ActorPoolStrategy(
+                min_size=1, max_size=size, max_tasks_in_flight_per_actor=2
+            ),
+            num_cpus=cluster.cpus_per_task,
+            num_gpus=job.gpus or None,
+            max_task_retries=_CRASHES,
+        )
     mapped.context.max_errored_blocks = -1  # a unit whose process keeps dying must not end the job
     silent = set(numbers)
     for row in mapped.iter_rows():

@@ -1,6 +1,5 @@
 """The loader that MLflow calls for a logged cp2image model: a DataFrame in, patches out."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,12 +15,12 @@ class PatchModel:
     def __init__(self, model: Model) -> None:
         self._model = model
 
-    def predict(self, data: pd.DataFrame, params: dict[str, Any] | None = None) -> NDArray[np.uint8]:
+    def predict(
+        self, data: pd.DataFrame, params: dict[str, Any] | None = None
+    ) -> NDArray[np.uint8]:
         """Draw one patch per row of CellProfiler features: uint8, (N, C, H, W)."""
         return self._model.generate(data, seed=int((params or {}).get("seed", 0)))
 
 
 def _load_pyfunc(path: str) -> PatchModel:
-    folder = Path(path)
-    nested = folder / "checkpoint"
-    return PatchModel(load_model(str(nested if nested.exists() else folder)))
+    return PatchModel(load_model(path))

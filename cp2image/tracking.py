@@ -1,26 +1,25 @@
 """MLflow: parameters, metrics, pictures, models. Floor: above config; only rank 0 talks to it."""
 
 import logging
+import math
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from cp2image.columns import PLATE
 from cp2image.config import Config, local_folder
+from cp2image.data.schema import PatchFormat
 from cp2image.errors import StorageError
 from cp2image.storage import list_files, name_of, read_bytes
-
-if TYPE_CHECKING:
-    from cp2image.checkpoint import Model
 
 
 class Recorder(Protocol):
@@ -72,7 +71,8 @@ class MlflowRecorder:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        batch = [Metric(k, float(v), now, step) for k, v in values.items() if v == v]
+        known = {name: float(value) for name, value in values.items() if not math.isnan(value)}
+        batch = [Metric(name, value, now, step) for name, value in known.items()]
         for start in range(0, len(batch), 900):
             self._client().log_batch(self.run_id, metrics=batch[start : start + 900])
 
@@ -103,7 +103,8 @@ def tracking_uri(config: Config) -> str:
 def record(config: Config, step: str, run_id: str = "") -> Iterator[Recorder]:
     """Open a run for one step of an experiment, with its resolved config as parameters.
 
-    An interrupted run goes on under its ``run_id``. The run ends as FINISHED, or FAILED when the block raises.
+    An interrupted run goes on under its ``run_id``. The run ends as FINISHED, or FAILED when the
+    block raises.
 
     Raises
     ------
@@ -139,8 +140,8 @@ def record(config: Config, step: str, run_id: str = "") -> Iterator[Recorder]:
         run = _existing(client, run_id) or client.create_run(experiment, tags=tags)
     except (MlflowException, OSError) as error:
         raise StorageError(
-            f"MLflow at {_without_secret(uri)} does not answer: {error}; check MLFLOW_TRACKING_URI, "
-            "user and password, or set tracking.enabled=false"
+            f"MLflow at {_without_secret(uri)} does not answer: {error}; check "
+            "MLFLOW_TRACKING_URI, user and password, or set tracking.enabled=false"
         ) from error
     recorder = MlflowRecorder(uri, run.info.run_id)
     if recorder.run_id != run_id:
@@ -156,10 +157,16 @@ def record(config: Config, step: str, run_id: str = "") -> Iterator[Recorder]:
 def _existing(client: Any, run_id: str) -> Any:
     from mlflow.exceptions import MlflowException
 
+    if not run_id:
+        return None
     try:
-        return client.get_run(run_id) if run_id else None
+        run = client.get_run(run_id)
     except MlflowException:  # the store was changed or emptied meanwhile
         return None
+    if run.info.lifecycle_stage != "active":
+        return None
+    client.update_run(run_id, status="RUNNING")
+    return run
 
 
 def _without_secret(uri: str) -> str:
@@ -181,11 +188,22 @@ def _log_parameters(client: Any, run_id: str, config: Config, step: str) -> None
     client.log_text(run_id, config.yaml(), "config.yaml")
 
 
-def log_model(recorder: Recorder, config: Config, model: "Model") -> None:
-    """Log a checkpoint as an MLflow pyfunc with a signature; register it if configured.
+def log_model(
+    recorder: Recorder, config: Config, features: Sequence[str], patch_format: PatchFormat
+) -> None:
+    """Log the checkpoint ``config.train.output`` as an MLflow pyfunc; register it if configured.
 
     The model is logged as data plus the name of this package's loader: nothing is pickled, so
     loading it executes no code but cp2image's own.
+
+    Parameters
+    ----------
+    recorder
+        The run it belongs to.
+    config
+        The experiment.
+    features, patch_format
+        Names of the columns that go in and format of the patches that come out, for the signature.
     """
     if not isinstance(recorder, MlflowRecorder):
         return
@@ -199,9 +217,9 @@ def log_model(recorder: Recorder, config: Config, model: "Model") -> None:
         uri = config.train.output.rstrip("/")
         for file in list_files(uri, recursive=False):
             (folder / name_of(file)).write_bytes(read_bytes(file))
-        columns = [ColSpec(DataType.double, name) for name in model.features]
+        columns = [ColSpec(DataType.double, name) for name in features]
         columns.append(ColSpec(DataType.string, PLATE, required=False))
-        shape = (-1, *model.patch_format.shape)
+        shape = (-1, *patch_format.shape)
         signature = ModelSignature(
             Schema(columns), Schema([TensorSpec(np.dtype("uint8"), shape, "patches")])
         )

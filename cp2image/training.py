@@ -1,5 +1,6 @@
 """Train a generator on a measured dataset with Ray Train. Step: beside the other steps."""
 
+import json
 import threading
 import uuid
 from collections.abc import Iterator
@@ -8,23 +9,55 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
-from cp2image.checkpoint import load_model
+import ray
+from pyarrow.fs import FileSystem
+from ray.data import TaskPoolStrategy
+from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train.torch import TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from cp2image.checkpoint import ModelCard, load_model, read_card
 from cp2image.cluster import join_cluster
 from cp2image.config import Config
 from cp2image.dataset import CellDataset, open_dataset
-from cp2image.errors import CheckpointError, TrainingError
+from cp2image.errors import CheckpointError, Cp2ImageError, TrainingError
 from cp2image.profiles import Preparation, prepare_profiles
-from cp2image.storage import delete_tree, exists, filesystem, join
+from cp2image.storage import delete_tree, exists, filesystem, join, read_bytes, write_bytes
 from cp2image.tracking import log_model, record
-from cp2image.training_loop import TrainingPlan, TrainingRead, read_state, run_worker
+from cp2image.training_cells import TrainingRead
+from cp2image.training_loop import STATES, TrainingPlan, read_state, run_worker
 
-_FREE = ("steps", "minutes", "validate_every", "validation_cells", "checkpoint_every", "log_every")
+_FREE = (
+    "steps",
+    "minutes",
+    "validate_every",
+    "validation_cells",
+    "checkpoint_every",
+    "log_every",
+    "threads",
+)
 """Settings that may change between an interrupted run and its resumption."""
+_READ_CPUS = 0.1
+"""Share of a CPU that each of Ray Data's reading tasks asks for, beside the training workers."""
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a training run left behind."""
+    """What a training run left behind.
+
+    Attributes
+    ----------
+    checkpoint
+        Its URI, for `cp2image.load`.
+    steps
+        Training steps done, over all runs that led to it.
+    metrics
+        Of the last validation.
+    run_id
+        MLflow's; empty without tracking.
+    resumed_from
+        Step that an earlier, interrupted run had reached; 0 for none.
+    """
 
     checkpoint: str
     steps: int
@@ -40,7 +73,7 @@ class TrainingResult:
 
 def fingerprint(config: Config, dataset: CellDataset) -> str:
     """Return a hash of all that shapes the weights: settings but not their amount, and the data."""
-    train = config.train.model_copy(update={key: None for key in _FREE} | {"output": ""})
+    train = config.train.model_copy(update=dict.fromkeys(_FREE) | {"output": ""})
     parts = sorted((m.plate, m.fingerprint, m.rows) for m in dataset.manifests.values())
     settings = config.model_copy(update={"train": train})
     text = settings.fingerprint("train", "split", "scaling") + repr((config.run.seed, parts))
@@ -51,12 +84,13 @@ def train(config: Config) -> TrainingResult:
     """Train as ``config.train`` says and publish the checkpoint.
 
     An interrupted run (worker or driver killed) goes on from its newest state when the same job is
-    started again; a finished one is returned as it is; more ``steps`` or ``minutes`` continue it.
+    started again, under the same MLflow run; a finished one is returned as it is; more ``steps``
+    or ``minutes`` continue it.
 
     Raises
     ------
     CheckpointError
-        If ``train.output`` holds a checkpoint of other settings or data.
+        If ``train.output`` holds a checkpoint or an interrupted run of other settings or data.
     DatasetError
         If ``train.input`` is not a measured dataset.
     TrainingError
@@ -64,28 +98,64 @@ def train(config: Config) -> TrainingResult:
     """
     dataset = open_dataset(config.train.input)
     mark = fingerprint(config, dataset)
-    finished = _finished(config, mark)
-    if finished is not None:
-        return finished
+    output = config.train.output
+    card, state = _earlier(output, mark)
+    trained = card is not None and _is_enough(card, config)
+    recorded = _recorded(output)
+    if card is not None and trained and recorded["steps"] == card.steps:
+        return TrainingResult(output, card.steps, card.metrics, recorded["run_id"])
     join_cluster(config.cluster)
-    preparation = prepare_profiles(dataset, config)
-    state = read_state(config.train.output)
-    resumes = state is not None and state["fingerprint"] == mark
-    run_id = str(state["run_id"]) if state is not None and resumes else ""
-    with record(config, "train", run_id) as recorder:
-        _describe(dataset, preparation)
-        with _board() as board:
-            _fit(
-                TrainingPlan(config, preparation, dataset.patch_format, recorder, mark, board),
-                dataset,
-            )
-        model = load_model(config.train.output)
-        log_model(recorder, config, model)
-    resumed_from = int(state["step"]) if state is not None and resumes else 0
+    preparation = None if trained else prepare_profiles(dataset, config)
+    with record(config, "train", state.get("run_id", "")) as recorder:
+        if preparation is not None:
+            _describe(dataset, preparation)
+            with _board() as board:
+                shape = dataset.patch_format
+                _fit(TrainingPlan(config, preparation, shape, recorder, mark, board), dataset)
+        model = load_model(output)
+        log_model(recorder, config, model.features, model.patch_format)
     card = model.card
+    done = {"steps": card.steps, "run_id": recorder.run_id}
+    write_bytes(_record_uri(output), json.dumps(done).encode())
     return TrainingResult(
-        config.train.output, card.steps, card.metrics, recorder.run_id, resumed_from
+        output, card.steps, card.metrics, recorder.run_id, int(state.get("step", 0))
     )
+
+
+def _earlier(output: str, mark: str) -> tuple[ModelCard | None, dict[str, Any]]:
+    """Return the checkpoint and the resumable state that earlier runs of this job left, if any."""
+    advice = "set train.output or run.folder to a new place, or remove that folder yourself"
+    card = read_card(output) if exists(join(output, "checkpoint.json")) else None
+    if card is not None and card.notes.get("fingerprint") != mark:
+        raise CheckpointError(
+            f"{output}: holds a checkpoint of other settings or data ({card.steps:,} steps); "
+            f"{advice}"
+        )
+    state = read_state(output)
+    if state is not None and state["fingerprint"] != mark:
+        raise CheckpointError(
+            f"{output}: holds an interrupted run of other settings or data "
+            f"({state['step']:,} steps); {advice}"
+        )
+    return card, state or {}
+
+
+def _is_enough(card: ModelCard, config: Config) -> bool:
+    wanted = [config.train.steps, config.train.minutes]
+    return card.steps >= config.train.steps or card.notes.get("wanted") == wanted
+
+
+def _record_uri(output: str) -> str:
+    return join(output, STATES, "recorded.json")
+
+
+def _recorded(output: str) -> dict[str, Any]:
+    """Return how many steps MLflow has the model of; the checkpoint itself is written before."""
+    uri = _record_uri(output)
+    if not exists(uri):
+        return {"steps": None, "run_id": ""}
+    done: dict[str, Any] = json.loads(read_bytes(uri))
+    return done
 
 
 class _Board:
@@ -103,9 +173,7 @@ class _Board:
 
 @contextmanager
 def _board() -> Iterator[Any]:
-    """An actor that workers report to; a thread prints what is new on the driver."""
-    import ray
-
+    """Start an actor that workers report to; a thread prints what is new on the driver."""
     board = ray.remote(num_cpus=0)(_Board).remote()
     stop = threading.Event()
 
@@ -128,23 +196,6 @@ def _board() -> Iterator[Any]:
         ray.kill(board)
 
 
-def _finished(config: Config, mark: str) -> TrainingResult | None:
-    """Return the checkpoint that is there already if it is what this run would make."""
-    uri = config.train.output
-    if not exists(join(uri, "checkpoint.json")):
-        return None
-    card = load_model(uri).card
-    if card.notes.get("fingerprint") != mark:
-        raise CheckpointError(
-            f"{uri}: holds a checkpoint of other settings or data ({card.steps:,} steps); set "
-            "train.output or run.folder to a new place"
-        )
-    wanted = (config.train.steps, config.train.minutes)
-    if card.steps >= config.train.steps or card.notes.get("wanted") == list(wanted):
-        return TrainingResult(uri, card.steps, card.metrics, "")
-    return None
-
-
 def _describe(dataset: CellDataset, preparation: Preparation) -> None:
     counts = ", ".join(f"{n:,} {name}" for name, n in sorted(preparation.counts.items()))
     print(
@@ -154,13 +205,26 @@ def _describe(dataset: CellDataset, preparation: Preparation) -> None:
     )
 
 
-def _fit(plan: TrainingPlan, dataset: CellDataset) -> None:
-    import ray
-    from ray.data import TaskPoolStrategy
-    from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-    from ray.train.v2.api.exceptions import TrainingFailedError
+class _StopOnRefusal(UserCallback):  # type: ignore[misc]
+    """Ends a run whose workers refuse to go on: trying again cannot mend what they refuse."""
 
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Raise the first refusal; other failures (a killed worker, storage) are retried."""
+        for error in worker_exceptions.values():
+            refusal = _refusal(error)
+            if refusal is not None:
+                raise refusal
+
+
+def _refusal(error: BaseException) -> Cp2ImageError | None:
+    """Return the error of this package that Ray Train has wrapped, unless another try may help."""
+    inner = getattr(error, "_base_exc", error)
+    if isinstance(inner, Cp2ImageError) and not isinstance(inner, OSError):
+        return inner
+    return None
+
+
+def _fit(plan: TrainingPlan, dataset: CellDataset) -> None:
     settings = plan.config.train
     cpus = ray.cluster_resources().get("CPU", 1.0)
     # Ray Data's reading needs a little of the CPUs while the workers wait for their cells.
@@ -173,8 +237,13 @@ def _fit(plan: TrainingPlan, dataset: CellDataset) -> None:
     rows = ray.data.from_items(
         [{"id": i} for i in range(len(ranges))], override_num_blocks=len(ranges)
     )
-    cells = rows.map_batches(TrainingRead(ranges, plan.preparation), batch_size=1, num_cpus=0.1, compute=TaskPoolStrategy(size=2))
-    with _scratch(settings.output) as (filesystem_, path):
+    cells = rows.map_batches(
+        TrainingRead(ranges, plan.preparation),
+        batch_size=1,
+        num_cpus=_READ_CPUS,
+        compute=TaskPoolStrategy(size=2),
+    )
+    with _scratch(settings.output) as (files, path):
         trainer = TorchTrainer(
             run_worker,
             train_loop_config={"plan": plan, "threads": threads},
@@ -184,8 +253,9 @@ def _fit(plan: TrainingPlan, dataset: CellDataset) -> None:
             run_config=RunConfig(
                 name=f"train-{uuid.uuid4().hex[:12]}",
                 storage_path=path,
-                storage_filesystem=filesystem_,
+                storage_filesystem=files,
                 failure_config=FailureConfig(max_failures=settings.max_failures),
+                callbacks=[_StopOnRefusal()],
             ),
             datasets={"cells": cells},
             dataset_config=DataConfig(datasets_to_split=[]),
@@ -196,17 +266,19 @@ def _fit(plan: TrainingPlan, dataset: CellDataset) -> None:
             raise TrainingError(f"training stopped: {_cause(error)}") from error
 
 
-def _cause(error: BaseException) -> str:
-    text = str(error).strip()
-    for line in reversed(text.splitlines()):
-        if "Error" in line:
-            return line.strip()
-    return text[-500:]
+def _cause(error: TrainingFailedError) -> str:
+    failures = getattr(error, "worker_failures", None) or {}
+    first = getattr(error, "controller_failure", None) or next(iter(failures.values()), error)
+    refusal = _refusal(first)
+    if refusal is not None:
+        return str(refusal)
+    inner = getattr(first, "_base_exc", first)
+    return f"{type(inner).__name__}: {str(inner).strip()[-500:]}"
 
 
 @contextmanager
-def _scratch(output: str) -> Iterator[tuple[Any, str]]:
-    """A folder for Ray Train's own bookkeeping; states and checkpoints are not kept there."""
+def _scratch(output: str) -> Iterator[tuple[FileSystem, str]]:
+    """Give Ray Train a folder for its own bookkeeping; nothing that we keep is in it."""
     uri = join(output, "_ray")
     files, path = filesystem(uri)
     try:

@@ -1,6 +1,8 @@
 """Fixtures for every test: the shared real data, a private home, one Ray for the session."""
 
+import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -30,3 +32,20 @@ def ray_session(tmp_path_factory):
     )
     yield ray
     ray.shutdown()
+
+
+@pytest.fixture
+def inline(monkeypatch):
+    """Run the units of a publication in this process, last first, where Ray is not the point."""
+    import ray
+
+    from cp2image import publication
+
+    def run(numbers, work, factory, job, cluster):
+        worker = publication._Worker(factory, job.folder)
+        for number in reversed(numbers):
+            row = worker({"number": number, "unit": json.dumps(asdict(work[number]))})
+            yield publication.UnitRecord(**json.loads(row["record"]))
+
+    monkeypatch.setattr(publication, "_map", run)
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)

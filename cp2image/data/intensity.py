@@ -77,7 +77,8 @@ class Intensity:
         """Return the patches normalised and limited to [0, 1], float32, (N, C, H, W)."""
         offset, factor = self.limits(patches, plates, full_scale)
         scaled = (patches.astype(np.float32) - offset[..., None, None]) * factor[..., None, None]
-        return np.clip(scaled, 0.0, 1.0)
+        limited: NDArray[np.float32] = np.clip(scaled, 0.0, 1.0)
+        return limited
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-able form."""
@@ -94,7 +95,9 @@ class Intensity:
             If the kind is not known to this version.
         """
         if data["kind"] not in KINDS:
-            raise CheckpointError(f"normalisation {data['kind']!r} is not one of {', '.join(KINDS)}")
+            raise CheckpointError(
+                f"normalisation {data['kind']!r} is not one of {', '.join(KINDS)}; update cp2image"
+            )
         low = np.array(data["low"], dtype=np.float64)
         return cls(data["kind"], tuple(data["plates"]), low, np.array(data["high"]))
 
@@ -108,7 +111,8 @@ class IntensityFit:
 
     def add(self, plate: str, patches: NDArray[Any], full_scale: float) -> None:
         """Count the pixels of (N, C, H, W) patches of one plate."""
-        levels = np.rint(patches.astype(np.float64) * ((_LEVELS - 1) / full_scale)).astype(np.int64)
+        shares = np.clip(patches.astype(np.float64) / full_scale, 0.0, 1.0)
+        levels = np.rint(shares * (_LEVELS - 1)).astype(np.int64)
         counts = self._histograms.setdefault(
             plate, np.zeros((self._channels, _LEVELS), dtype=np.int64)
         )

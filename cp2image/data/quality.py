@@ -79,7 +79,7 @@ def judge_patches(
     *,
     nucleus_channel: int = 0,
     noise_below: float = 0.5,
-    focus_below: float = 3.5,
+    focus_below: float = 4.2,
     saturated_above: float = 0.25,
     full_scale: float | None = None,
 ) -> NDArray[np.str_]:

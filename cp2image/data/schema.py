@@ -122,8 +122,9 @@ def build_table(
             f"patches are {patches.dtype} {patches.shape[1:]}, the dataset holds "
             f"{patch_format.dtype} {patch_format.shape}"
         )
-    if len(metadata) != len(patches) or (features is not None and len(features) != len(patches)):
-        raise PatchError(f"{len(metadata)} rows of metadata for {len(patches)} patches")
+    for what, part in (("metadata", metadata), ("features", features)):
+        if part is not None and len(part) != len(patches):
+            raise PatchError(f"{len(part)} rows of {what} for {len(patches)} patches")
     columns: dict[str, pa.Array] = {}
     for name in metadata.columns:
         columns[str(name)] = _metadata_array(metadata[name])
@@ -189,7 +190,11 @@ def to_parquet(table: pa.Table, row_group: int = 1024) -> bytes:
     text = [f.name for f in table.schema if pa.types.is_string(f.type)]
     sink = io.BytesIO()
     pq.write_table(
-        table, sink, compression="zstd", use_dictionary=text, row_group_size=row_group,
+        table,
+        sink,
+        compression="zstd",
+        use_dictionary=text,
+        row_group_size=row_group,
         write_statistics=[n for n in table.column_names if n.startswith(METADATA)],
     )
     return sink.getvalue()

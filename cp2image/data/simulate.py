@@ -61,7 +61,7 @@ class SimulatedFiles:
     cells: int
     defective_fields: int
 
-    def summary(self) -> str:
+    def __str__(self) -> str:
         """Return one line for the terminal."""
         return (
             f"{self.cells} simulated cells in {self.fields} fields "

@@ -224,7 +224,7 @@ def simulate_field(screen: SimulatedScreen, plate: int, well: int, site: int) ->
     cells = draw_cells(phenotype, screen.cells_per_site, screen.field_size, rng)
     rendered = render_cells(cells, screen.field_size, rng)
     defect, debris = _draw_defects(screen, plate, well, site)
-    blur = {"none": rng.uniform(0.0, 0.7), "noise": 0.0, "defocus": 7.0}[defect]
+    blur = {"none": rng.uniform(0.0, 0.7), "noise": 0.0, "defocus": 12.0}[defect]
     light = np.stack([ndimage.gaussian_filter(plane, blur) for plane in rendered.signal + debris])
     if defect == "noise":
         light[:] = 0.0

@@ -5,9 +5,11 @@ of the patch are free. At 453 features, 3 channels and 68 px the generator has 4
 and both networks together 544,744.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.functional import leaky_relu, max_pool2d
 from torch.nn.utils.parametrizations import spectral_norm
 
 from cp2image.models.leading_norm import LeadingBatchNorm
@@ -74,13 +76,13 @@ class Generator(nn.Module):
         x = self.linear(features).view(-1, WIDTH, first, first)
         if x.device.type == "cpu":
             x = x.contiguous(memory_format=torch.channels_last)
-        x = F.leaky_relu(self.norms[0](x), SLOPE)
+        x = leaky_relu(self.norms[0](x), SLOPE)
         for convolution, norm, side in zip(
             self.convolutions, self.norms[1:], self.sides[1:], strict=True
         ):
-            x = upsample_convolve(x, convolution.weight, side - _GROWTH)
-            x = F.leaky_relu(norm(x), SLOPE)
-        return F.leaky_relu(self.channel_norm(self.to_channels(x)), SLOPE)
+            x = upsample_convolve(x, cast(Tensor, convolution.weight), side - _GROWTH)
+            x = leaky_relu(norm(x), SLOPE)
+        return leaky_relu(self.channel_norm(self.to_channels(x)), SLOPE)
 
 
 class Discriminator(nn.Module):
@@ -116,8 +118,8 @@ class Discriminator(nn.Module):
         for layer in range(4):
             x = self.norms[layer](self.convolutions[layer](x), leading)
             if layer < 3:
-                x = F.max_pool2d(x, 2, ceil_mode=True)
-            x = F.leaky_relu(x, SLOPE)
+                x = max_pool2d(x, 2, ceil_mode=True)
+            x = leaky_relu(x, SLOPE)
             hidden.append(x)
         logits = self.norms[4](self.convolutions[4](x), leading)
         return hidden, logits.flatten()

@@ -28,7 +28,7 @@ class _Normalise(torch.autograd.Function):
         return torch.addcmul(_column(shift), x, _column(scale)), mean, variance
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: Any, gradient: Tensor, *_: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, None, None]:
         x, weight, mean, inverse = ctx.saved_tensors
@@ -47,7 +47,7 @@ class _Normalise(torch.autograd.Function):
 
 
 def _wide(x: Tensor) -> Tensor:
-    """Sums over millions of pixels need more than half precision."""
+    """Return at least float32: sums over millions of pixels need more than half precision."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
@@ -62,14 +62,15 @@ class LeadingBatchNorm(nn.BatchNorm2d):
     [real, fake] and are applied to all three.
     """
 
-    def forward(self, x: Tensor, leading: int | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, leading: int | None = None) -> Tensor:
         """Normalise (N, C, H, W) by the mean and variance of the first ``leading`` rows.
 
         ``leading`` None takes all rows. In evaluation mode the running statistics are used.
         """
         if not self.training or leading is None:
             return super().forward(x)
-        y, mean, variance = _Normalise.apply(x, self.weight, self.bias, leading, self.eps)
+        normalise = cast(Any, _Normalise.apply)  # torch does not type it
+        y, mean, variance = normalise(x, self.weight, self.bias, leading, self.eps)
         if self.track_running_stats:
             count = leading * x.shape[2] * x.shape[3]
             rate = cast(float, self.momentum)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.functional import softplus
 
 
 def pixel_loss(original: Tensor, generated: Tensor) -> Tensor:
@@ -49,4 +49,4 @@ def gamma_at(step: int, final: Sequence[float], ramp: int = 2500) -> list[float]
 
 def discriminator_loss(real: Tensor, generated: Tensor) -> Tensor:
     """Return L_Dis = −log D(x_real) − log(1 − D(x_gen)) from logits, mean over the batch."""
-    return F.softplus(-real).mean() + F.softplus(generated).mean()
+    return softplus(-real).mean() + softplus(generated).mean()

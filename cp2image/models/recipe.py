@@ -83,6 +83,8 @@ class PaperRecipe:
         Final γ_1 … γ_4 and the ramp in steps, see `gamma_at`.
     bf16
         Run both networks under bfloat16 autocast.
+    device
+        Where the networks live; on CPUs with channels last, which is twice as fast there.
     """
 
     decay = 1e-4
@@ -92,6 +94,7 @@ class PaperRecipe:
         features: int,
         channels: int,
         patch_size: int,
+        *,
         setting: OptimiserSetting = OPTIMISERS["as_run"],
         gamma: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
         gamma_ramp: int = 2500,
@@ -101,14 +104,14 @@ class PaperRecipe:
         self.generator: nn.Module = Generator(features, channels, patch_size).to(device)
         self.discriminator = Discriminator(channels, patch_size).to(device)
         if torch.device(device).type == "cpu":
-            self.generator.to(memory_format=torch.channels_last)
-            self.discriminator.to(memory_format=torch.channels_last)
+            for network in (self.generator, self.discriminator):
+                network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.gamma, self.gamma_ramp, self.bf16 = tuple(gamma), gamma_ramp, bf16
         self._values = channels * patch_size * patch_size
         self._device = torch.device(device).type
         self._g = list(self.generator.parameters())
         self._d = list(self.discriminator.parameters())
-        self._kernels = [p for p in self._g + self._d if p.ndim > 1]
+        self._kernels: list[Tensor] = [p for p in self._g + self._d if p.ndim > 1]
         self.generator_optimiser = torch.optim.Adam(
             self._g, lr=setting.generator, betas=(0.9, 0.999), eps=1e-7
         )
@@ -117,7 +120,23 @@ class PaperRecipe:
         )
 
     def step(self, batch: Batch, step: int, average: Average) -> dict[str, Tensor]:
-        """Train both networks on one batch."""
+        """Train both networks on one batch.
+
+        Parameters
+        ----------
+        batch
+            This rank's cells.
+        step
+            Steps done before, for the schedule of γ.
+        average
+            Called once with the gradients of both networks.
+
+        Returns
+        -------
+        dict
+            ``L_MSE``, ``L_H1`` … ``L_H4`` (not weighted by γ), ``L_generator``, ``L_Dis``: scalars
+            without gradients.
+        """
         self.generator.train()
         self.discriminator.train()
         count = len(batch.original)
@@ -163,7 +182,7 @@ class PaperRecipe:
         return found
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take back networks and optimisers."""
+        """Take back networks and optimisers, from any device."""
         self.generator.load_state_dict(part_of(state, "generator"))
         self.discriminator.load_state_dict(part_of(state, "discriminator"))
         for name, optimiser in self._optimisers().items():

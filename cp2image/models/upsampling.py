@@ -7,7 +7,7 @@ Equal to the plain form but for rounding, with 9 taps instead of 25, forwards an
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.functional import conv2d, interpolate, pixel_shuffle
 
 
 def fold_kernel(weight: Tensor) -> Tensor:
@@ -42,9 +42,9 @@ def upsample_convolve(x: Tensor, weight: Tensor, grid: int) -> Tensor:
         (N, out, grid + 4, grid + 4).
     """
     if grid != 2 * x.shape[-1]:
-        up = F.interpolate(x, scale_factor=2, mode="nearest")[..., :grid, :grid]
-        return F.conv2d(up, weight, padding=4)
+        up = interpolate(x, scale_factor=2, mode="nearest")[..., :grid, :grid]
+        return conv2d(up, weight, padding=4)
     kernel = fold_kernel(weight)
     if x.device.type == "cpu":
         kernel = kernel.contiguous(memory_format=torch.channels_last)
-    return F.pixel_shuffle(F.conv2d(x, kernel, padding=2), 2)
+    return pixel_shuffle(conv2d(x, kernel, padding=2), 2)
