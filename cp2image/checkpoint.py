@@ -28,6 +28,7 @@ from cp2image.data.scaling import Scaling
 from cp2image.data.schema import PatchFormat
 from cp2image.data.splits import Splits
 from cp2image.errors import CheckpointError, ColumnError, StorageError
+from cp2image.mlflow_store import mlflow_store
 from cp2image.models.cp2image import Generator
 from cp2image.storage import exists, join, name_of, read_bytes, write_bytes
 
@@ -264,15 +265,24 @@ def read_card(uri: str) -> ModelCard:
     return _card(_description(uri, uri))
 
 
-def load_model(uri: str, device: str = "cpu") -> Model:
+def load_model(uri: str, device: str = "cpu", store: str | None = None) -> Model:
     """Load a checkpoint folder, or an MLflow model named ``models:/name@alias`` or ``runs:/…``.
+
+    Parameters
+    ----------
+    uri
+        Path or URI.
+    device
+        Where the generator runs: ``cpu``, ``cuda``.
+    store
+        MLflow's tracking URI for ``models:/`` and ``runs:/``; None: MLFLOW_TRACKING_URI.
 
     Raises
     ------
     CheckpointError
         If it is missing, of a later version, or its files do not match their recorded hashes.
     """
-    folder = _download(uri) if uri.startswith(("models:/", "runs:/")) else uri
+    folder = _download(uri, store) if uri.startswith(("models:/", "runs:/")) else uri
     data = _description(uri, folder)
     files = {}
     for name, expected in data["sha256"].items():
@@ -345,11 +355,12 @@ def _read_file(uri: str, place: str) -> bytes:
         ) from error
 
 
-def _download(uri: str) -> str:
+def _download(uri: str, store: str | None) -> str:
     import mlflow
 
     try:
-        folder = mlflow.artifacts.download_artifacts(uri)
+        with mlflow_store(store):
+            folder = mlflow.artifacts.download_artifacts(uri)
     except Exception as error:  # MLflow's exceptions differ by store
         raise CheckpointError(
             f"{uri}: MLflow has no such model ({error}); check the name, the alias and "

@@ -19,6 +19,7 @@ from cp2image.columns import PLATE
 from cp2image.config import Config, local_folder
 from cp2image.data.schema import PatchFormat
 from cp2image.errors import StorageError
+from cp2image.mlflow_store import mlflow_store
 from cp2image.storage import list_files, name_of, read_bytes
 
 
@@ -114,7 +115,6 @@ def record(config: Config, step: str, run_id: str = "") -> Iterator[Recorder]:
     if not config.tracking.enabled:
         yield NoRecorder()
         return
-    import mlflow
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
@@ -124,7 +124,6 @@ def record(config: Config, step: str, run_id: str = "") -> Iterator[Recorder]:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    mlflow.set_tracking_uri(uri)
     client = MlflowClient(uri)
     try:
         found = client.get_experiment_by_name(config.tracking.experiment)
@@ -223,9 +222,8 @@ def log_model(
         signature = ModelSignature(
             Schema(columns), Schema([TensorSpec(np.dtype("uint8"), shape, "patches")])
         )
-        mlflow.set_tracking_uri(recorder.tracking_uri)
         warnings.filterwarnings("ignore", message=".*input example was not provided.*")
-        with mlflow.start_run(run_id=recorder.run_id):
+        with mlflow_store(recorder.tracking_uri), mlflow.start_run(run_id=recorder.run_id):
             mlflow.pyfunc.log_model(
                 name="model",
                 loader_module="cp2image.serving",

@@ -35,8 +35,11 @@ _FREE = (
     "checkpoint_every",
     "log_every",
     "threads",
+    "max_failures",
+    "input",
+    "output",
 )
-"""Settings that may change between an interrupted run and its resumption."""
+"""Settings that may change between an interrupted run and its resumption; the data may move."""
 _READ_CPUS = 0.1
 """Share of a CPU that each of Ray Data's reading tasks asks for, beside the training workers."""
 
@@ -73,7 +76,7 @@ class TrainingResult:
 
 def fingerprint(config: Config, dataset: CellDataset) -> str:
     """Return a hash of all that shapes the weights: settings but not their amount, and the data."""
-    train = config.train.model_copy(update=dict.fromkeys(_FREE) | {"output": ""})
+    train = config.train.model_copy(update=dict.fromkeys(_FREE))
     parts = sorted((m.plate, m.fingerprint, m.rows) for m in dataset.manifests.values())
     settings = config.model_copy(update={"train": train})
     text = settings.fingerprint("train", "split", "scaling") + repr((config.run.seed, parts))

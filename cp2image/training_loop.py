@@ -150,7 +150,7 @@ class TrainingLoop:
         self._resume()
         progress = _Progress(self.step, self._seconds)
         metrics: dict[str, float] = {}
-        last = self.step >= settings.steps or progress.seconds > seconds
+        last = self.step >= settings.steps or self._seconds > seconds
         while not last:
             with progress.waiting():
                 batch = self._batch(self.step)

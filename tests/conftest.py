@@ -34,12 +34,12 @@ def ray_session(tmp_path_factory):
     ray.shutdown()
 
 
-@pytest.fixture
-def inline(monkeypatch):
-    """Run the units of a publication in this process, last first, where Ray is not the point."""
+@pytest.fixture(scope="session")
+def run_inline():
+    """A function that makes steps run their units in this process, last first."""
     import ray
 
-    from cp2image import publication
+    from cp2image import evaluation_sets, publication
 
     def run(numbers, work, factory, job, cluster):
         worker = publication._Worker(factory, job.folder)
@@ -47,5 +47,19 @@ def inline(monkeypatch):
             row = worker({"number": number, "unit": json.dumps(asdict(work[number]))})
             yield publication.UnitRecord(**json.loads(row["record"]))
 
-    monkeypatch.setattr(publication, "_map", run)
-    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    def gather(config, factory, units, label, cells):
+        work = factory()
+        return [table for table in map(work, reversed(units)) if table.num_rows]
+
+    def apply(monkeypatch):
+        monkeypatch.setattr(publication, "_map", run)
+        monkeypatch.setattr(evaluation_sets, "_map", gather)
+        monkeypatch.setattr(ray, "is_initialized", lambda: True)
+
+    return apply
+
+
+@pytest.fixture
+def inline(monkeypatch, run_inline):
+    """Do all work in this process in one test, where Ray is not the point."""
+    run_inline(monkeypatch)

@@ -1,10 +1,13 @@
 import json
+import os
 import shutil
 
+import mlflow
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from mlflow import MlflowClient
 from safetensors.torch import load_file
 
 import cp2image
@@ -117,6 +120,7 @@ def test_patches_are_the_generators_on_features_scaled_by_plate(saved, model):
     assert found.dtype == np.uint8
     assert found.shape == (5, 2, SIZE, SIZE)
     assert np.abs(found - expected).max() <= 1
+    assert (found == expected).mean() > 0.999
     assert found.std() > 10
 
 
@@ -201,13 +205,16 @@ def large(tmp_path_factory):
 
 
 def test_neighbours_and_batch_size_do_not_change_a_cells_pixels(large):
-    """Forward passes have one size and rows do not mix, so pixels are equal to the last bit."""
+    """Forward passes have one size, so pixels are equal to the last bit.
+
+    In passes of fewer than 16 cells they would differ by 1e-6, hence now and then by a grey level.
+    """
     values = np.random.default_rng(2).normal(size=(230, 453))
     together = large.generate(values)
     assert together.std() > 10
     order = np.random.default_rng(3).permutation(230)
     np.testing.assert_array_equal(large.generate(values[order]), together[order])
-    for start, stop in ((0, 1), (17, 50), (100, 204), (103, 230)):
+    for start, stop in ((0, 1), (9, 10), (40, 42), (77, 78), (226, 229), (103, 230)):
         alone = large.generate(values[start:stop])
         np.testing.assert_array_equal(alone, together[start:stop])
 
@@ -260,33 +267,31 @@ def test_scaling_alone_comes_back(model, tmp_path):
     np.testing.assert_array_equal(found.scale, scaling.scale)
 
 
-@pytest.fixture
-def registered(tmp_path, monkeypatch, saved):
+@pytest.fixture(scope="module")
+def registered(tmp_path_factory, saved):
     """The checkpoint logged to a new MLflow store, registered and given an alias."""
-    mlflow = pytest.importorskip("mlflow")
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    before = mlflow.get_tracking_uri()
     config = Config.model_validate(
         {
-            "run": {"folder": str(tmp_path / "run")},
+            "run": {"folder": str(tmp_path_factory.mktemp("run"))},
             "train": {"output": saved},
             "tracking": {"register_as": "cells"},
         }
     )
     model = load_model(saved)
-    with record(config, "train") as recorder:
-        log_model(recorder, config, model.features, model.patch_format)
-    mlflow.set_tracking_uri(recorder.tracking_uri)
-    client = mlflow.MlflowClient()
-    client.set_registered_model_alias("cells", "champion", 1)
-    yield "models:/cells@champion", client, recorder.run_id
-    mlflow.set_tracking_uri(before)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.delenv("MLFLOW_TRACKING_URI", raising=False)
+        with record(config, "train") as recorder:
+            log_model(recorder, config, model.features, model.patch_format)
+        assert "MLFLOW_TRACKING_URI" not in os.environ
+        client = MlflowClient(recorder.tracking_uri)
+        client.set_registered_model_alias("cells", "champion", 1)
+        mlflow.set_tracking_uri(recorder.tracking_uri)
+        yield "models:/cells@champion", client, recorder
+        mlflow.set_tracking_uri(None)
 
 
 def test_registered_model_is_loaded_by_its_alias_and_draws_the_same(registered, model, tmp_path):
-    import mlflow
-
-    uri, client, run_id = registered
+    uri, client, recorder = registered
     frame = profiles()
     expected = model.generate(frame)
     np.testing.assert_array_equal(cp2image.load(uri).generate(frame), expected)
@@ -300,12 +305,10 @@ def test_registered_model_is_loaded_by_its_alias_and_draws_the_same(registered, 
 
     assert [column.name for column in served.metadata.signature.inputs] == [*FEATURES, PLATE]
     assert served.metadata.signature.outputs.inputs[0].shape == (-1, 2, SIZE, SIZE)
-    assert client.get_run(run_id).info.status == "FINISHED"
+    assert client.get_run(recorder.run_id).info.status == "FINISHED"
 
 
 def test_logged_model_holds_no_pickle(registered, tmp_path):
-    import mlflow
-
     uri, *_ = registered
     folder = mlflow.artifacts.download_artifacts(uri, dst_path=str(tmp_path / "model"))
     files = [path for path in (tmp_path / "model").rglob("*") if path.is_file()]
@@ -322,3 +325,15 @@ def test_logged_model_holds_no_pickle(registered, tmp_path):
 def test_unknown_registered_model_is_refused(registered):
     with pytest.raises(CheckpointError, match="models:/cells@absent: MLflow has no such model"):
         load_model("models:/cells@absent")
+
+
+def test_registered_model_is_found_in_the_store_that_is_named(registered, model, tmp_path):
+    uri, _, recorder = registered
+    other = f"sqlite:///{tmp_path}/mlflow.db"
+    mlflow.set_tracking_uri(other)
+    try:
+        found = load_model(uri, store=recorder.tracking_uri)
+        assert mlflow.get_tracking_uri() == os.environ["MLFLOW_TRACKING_URI"] == other
+    finally:
+        mlflow.set_tracking_uri(recorder.tracking_uri)
+    np.testing.assert_array_equal(found.generate(profiles()), model.generate(profiles()))

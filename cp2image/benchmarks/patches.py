@@ -13,7 +13,14 @@ from cp2image.data.patches import crop_patches
 from cp2image.data.schema import PATCH, PatchFormat, build_table, decode_patches, to_parquet
 from cp2image.data.simulate import SimulatedScreen, simulate_fields
 from cp2image.data.simulated_cells import CHANNELS
-from cp2image.dataset import Manifest, Part, manifest_uri, open_dataset, plate_folder, read_manifests
+from cp2image.dataset import (
+    Manifest,
+    Part,
+    manifest_uri,
+    open_dataset,
+    plate_folder,
+    read_manifests,
+)
 from cp2image.errors import DatasetError
 from cp2image.metrics.measurement import _choose_channels
 from cp2image.metrics.segmentation import segment
@@ -62,6 +69,7 @@ def take_patches(config: Config, count: int) -> Patches:
         If it cannot be told which channel shows nuclei.
     """
     uri = config.measure.input
+    blocks: Iterator[NDArray[Any]]
     if read_manifests(uri):
         dataset = open_dataset(uri)
         channels, source = dataset.patch_format.channels, uri
@@ -75,7 +83,7 @@ def take_patches(config: Config, count: int) -> Patches:
     found = 0
     for block in blocks:
         stack = segment(block, nucleus, body)
-        present = np.flatnonzero(stack.any(axis=(2, 3)).all(axis=1))[: count - found]
+        present = np.flatnonzero(stack.any(axis=(1, 2, 3)))[: count - found]
         images.append(block[present])
         masks.append(stack[present])
         found += len(present)
@@ -103,7 +111,7 @@ def publish_patches(patches: Patches, folder: str, count: int, part_size: int) -
     """
     uri, plate = join(folder, "cells"), "P1"
     kind = PatchFormat(patches.channels, patches.images.shape[-1], str(patches.images.dtype))
-    parts = []
+    parts: list[Part] = []
     for start in range(0, count, part_size):
         numbers = np.arange(start, min(start + part_size, count))
         metadata = pd.DataFrame({"Metadata_Plate": plate, "Metadata_ObjectNumber": numbers + 1})

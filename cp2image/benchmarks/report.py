@@ -61,21 +61,26 @@ class Timing:
         }
 
 
-def take_sample(call: Callable[[], object]) -> Sample:
+def take_sample(call: Callable[..., object], *arguments: object) -> Sample:
     """Time one call."""
     wall, cpu = time.perf_counter(), time.process_time()
-    call()
+    call(*arguments)
     return Sample(time.perf_counter() - wall, time.process_time() - cpu)
 
 
 def interleave(
-    calls: Mapping[str, Callable[[], object]], cells: int, repetitions: int
+    calls: Mapping[str, Callable[[int], object]], cells: int, repetitions: int
 ) -> dict[str, Timing]:
-    """Time calls in turn, all of them once before any of them again: other load hits them alike."""
+    """Time calls on ``cells`` cells in turn, so that other load hits them alike.
+
+    All have run once, on two cells, before the first is timed.
+    """
+    for call in calls.values():
+        call(2)
     samples: dict[str, list[Sample]] = {name: [] for name in calls}
     for _ in range(repetitions):
         for name, call in calls.items():
-            samples[name].append(take_sample(call))
+            samples[name].append(take_sample(call, cells))
     return {name: Timing(cells, tuple(taken)) for name, taken in samples.items()}
 
 
@@ -213,9 +218,7 @@ class Report:
         return json.dumps(content, indent=1, allow_nan=False)
 
 
-def observe(
-    name: str, benchmark: Callable[[], Findings], settings: dict[str, Any]
-) -> Report:
+def observe(name: str, benchmark: Callable[[], Findings], settings: dict[str, Any]) -> Report:
     """Run a benchmark and note the circumstances."""
     started, clock, before = datetime.now(UTC), time.monotonic(), os.getloadavg()[0]
     findings = benchmark()

@@ -8,10 +8,10 @@ import pytest
 import tifffile
 from scipy.ndimage import distance_transform_edt
 
+from cp2image.benchmarks.plain_measurement import measure_plain
 from cp2image.errors import MeasurementError
 from cp2image.metrics.measurement import COMPARTMENTS, FAMILIES, feature_names, measure
 from cp2image.metrics.segmentation import segment
-from tests.metrics.cp_measure_oracle import measure_plain
 
 CHANNELS = ("DNA", "Actin", "Tubulin")
 

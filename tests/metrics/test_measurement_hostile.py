@@ -6,8 +6,8 @@ import warnings
 import numpy as np
 import pytest
 
+from cp2image.benchmarks.plain_measurement import measure_plain
 from cp2image.metrics.measurement import feature_names, measure
-from tests.metrics.cp_measure_oracle import measure_plain
 
 SIDE = 36  # below that cp_measure's granularity reads beyond its 2 x 2 background image
 

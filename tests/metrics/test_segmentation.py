@@ -2,41 +2,11 @@
 
 import numpy as np
 import pytest
-from centrosome.propagate import propagate
 from scipy import ndimage
-from skimage.feature import peak_local_max
-from skimage.filters import threshold_li
-from skimage.segmentation import watershed
 
+from cp2image.benchmarks.plain_segmentation import segment_plain
 from cp2image.errors import MeasurementError
 from cp2image.metrics.segmentation import segment
-
-
-def segment_plain(image):
-    """One patch, float, nucleus channel first, with the libraries' own functions."""
-    masks = np.zeros((3, *image.shape[1:]), bool)
-    smooth = ndimage.gaussian_filter(image[0], 1)
-    foreground = ndimage.binary_fill_holes(smooth > threshold_li(smooth))
-    if not foreground.any():
-        return masks
-    depth = ndimage.gaussian_filter(ndimage.distance_transform_edt(foreground), 2)
-    peaks = peak_local_max(
-        depth, min_distance=7, labels=foreground.astype(int), exclude_border=False
-    )
-    seeds = np.zeros(foreground.shape, int)
-    seeds[tuple(peaks.T)] = np.arange(1, len(peaks) + 1)
-    nuclei = watershed(-depth, seeds, mask=foreground)
-    centre = nuclei[nuclei.shape[0] // 2, nuclei.shape[1] // 2]
-    if centre == 0:
-        return masks
-    body = image[1:].sum(axis=0)
-    smooth = ndimage.gaussian_filter(body, 1)
-    allowed = (smooth > threshold_li(smooth)) | (nuclei > 0)
-    cells, _ = propagate(body, nuclei, allowed, 0.05)
-    nucleus = nuclei == centre
-    cell = ndimage.binary_fill_holes(cells == centre) | nucleus
-    masks[:] = nucleus, cell, cell & ~ndimage.binary_erosion(nucleus, np.ones((3, 3)))
-    return masks
 
 
 def draw_blobs(random, blobs, side=68):
@@ -55,14 +25,14 @@ def draw_blobs(random, blobs, side=68):
 
 def test_real_patches_segment_as_with_the_libraries(shared_data):
     images = np.load(shared_data / "cellprofiler_oracle" / "oracle.npz")["images"]
-    expected = np.stack([segment_plain(image / 65535) for image in images])
+    expected = np.stack([segment_plain(image / 65535, 0, (1, 2)) for image in images])
     np.testing.assert_array_equal(segment(images, 0, (1, 2)), expected)
 
 
 def test_crowded_patches_segment_as_with_the_libraries():
     random = np.random.default_rng(5)
     images = np.stack([draw_blobs(random, blobs) for blobs in range(1, 13)])
-    expected = np.stack([segment_plain(image) for image in images])
+    expected = np.stack([segment_plain(image, 0, (1, 2)) for image in images])
     np.testing.assert_array_equal(segment(images, 0, (1, 2)), expected)
 
 

@@ -1,0 +1,200 @@
+"""Scores at the two ends: a generator that returns the real cells, and one that knows nothing."""
+
+import json
+from functools import partial
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from cp2image.checkpoint import ModelCard, save_checkpoint
+from cp2image.columns import measurements
+from cp2image.config import Config, Split
+from cp2image.data.intensity import Intensity
+from cp2image.data.scaling import Scaling
+from cp2image.data.schema import (
+    PatchFormat,
+    build_table,
+    decode_metadata,
+    decode_patches,
+)
+from cp2image.data.simulate import SimulatedScreen, simulate_screen
+from cp2image.data.splits import fit_splits
+from cp2image.dataset import open_dataset, read_range
+from cp2image.errors import EvaluationError
+from cp2image.evaluation import evaluate
+from cp2image.metrics.embedding import quantise
+from cp2image.models.cp2image import Discriminator, Generator
+from cp2image.preparation import prepare
+from cp2image.publication import Outcome, publish
+
+SCREEN = SimulatedScreen(
+    plates=2, wells_per_plate=6, cells_per_site=10, field_size=192, defect_share=0.0
+)
+CHANNELS = ("DNA", "Actin", "Tubulin")
+SIZE = 68
+
+
+def as_the_model_sees_them(dataset, plate_names, unit):
+    """The real cells of a unit as a perfect generator would draw them."""
+    table = read_range(unit)
+    patches = decode_patches(table, dataset.patch_format)
+    seen = quantise(Intensity().apply(patches, [""] * len(patches), 65535))
+    metadata = decode_metadata(table)
+    metadata["Metadata_Plate"] = [plate_names.get(p, p) for p in metadata["Metadata_Plate"]]
+    names = list(dataset.features)
+    form = PatchFormat(CHANNELS, SIZE, "uint8", 8, "per_patch_max")
+    return Outcome(build_table(metadata, table.select(names).to_pandas(), seen, form))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, run_inline):
+    """Real cells, a perfect screen of them, one of other plates, and a model that knows nothing."""
+    folder = tmp_path_factory.mktemp("experiment")
+    simulate_screen(folder, SCREEN)
+    section = {
+        "tables": [str(folder / "tables")],
+        "images": str(folder / "images"),
+        "channels": {name: name for name in CHANNELS},
+        "patch_size": SIZE,
+        "quality": {"drop": []},
+        "output": str(folder / "cells"),
+    }
+    config = Config.model_validate({"prepare": section, "tracking": {"enabled": False}}).resolve()
+    with pytest.MonkeyPatch.context() as patch:
+        run_inline(patch)
+        prepare(config)
+        dataset = open_dataset(str(folder / "cells"))
+        units = dataset.ranges(50)
+        for name, renamed in (("perfect", {}), ("other", {p: f"{p}x" for p in dataset.manifests})):
+            process = partial(as_the_model_sees_them, dataset, renamed)
+            publish(str(folder / name), units, lambda p=process: p, config, "mark", label=name)
+    cells = pd.read_parquet(folder / "cells")
+    names = [c.name for c in measurements(cells.columns) if c.category == "Intensity"]
+    values = np.nan_to_num(cells[names].to_numpy(np.float64))
+    center, scale = values.mean(axis=0), values.std(axis=0) + 1e-6
+    torch.manual_seed(0)
+    save_checkpoint(
+        str(folder / "checkpoint"),
+        ModelCard("paper", CHANNELS, SIZE),
+        scaling=Scaling(tuple(names), (), center[None], scale[None], 5.0),
+        intensity=Intensity(),
+        splits=fit_splits(cells, Split(by="plate", validation=0.5, test=0), 0),
+        generator=Generator(len(names), 3, SIZE).state_dict(),
+        discriminator=Discriminator(3, SIZE).state_dict(),
+        config="",
+    )
+    return folder
+
+
+def config_of(folder, output, generated="perfect", **settings):
+    section = {
+        "real": str(folder / "cells"),
+        "generated": str(folder / generated),
+        "checkpoint": str(folder / "checkpoint"),
+        "output": str(output),
+        "families": ["AreaShape", "Intensity"],
+    }
+    raw = {
+        "evaluate": section | settings,
+        "cluster": {"tasks": 2},
+        "tracking": {"enabled": False},
+    }
+    return Config.model_validate(raw).resolve()
+
+
+@pytest.fixture(scope="module")
+def report(folder, ray_session):
+    return evaluate(config_of(folder, folder / "report"))
+
+
+def refuse_constant(name):
+    raise ValueError(f"{name} is not JSON")
+
+
+def test_a_perfect_generator_keeps_every_feature(report):
+    model = report.correlation["model"]
+    assert model["share_above_half"] == 1
+    assert model["mean_r"] == pytest.approx(1, abs=1e-6)
+    assert model["features"] > 50
+
+
+def test_a_perfect_generator_is_no_farther_from_the_real_cells_than_they_are_from_each_other(
+    report,
+):
+    assert set(report.distances) == {"cp", "filterbank"}
+    for found in report.distances.values():
+        assert found["n"] == 120
+        assert found["half_n"] == 60
+        assert found["floor_half"] > 0
+        assert found["frechet_half"] <= found["floor_half"] * (1 + 1e-6)
+        assert found["frechet"] <= 1e-3 * found["floor_half"]
+
+
+def test_with_shuffled_features_the_correlations_collapse(report):
+    control = report.correlation["shuffle control"]
+    assert control["share_above_half"] < 0.05
+    assert abs(control["mean_r"]) < 0.2
+    frechet = report.distances["cp"]["shuffle_control"]
+    assert frechet["frechet_shuffled"] > 5 * frechet["frechet"]
+
+
+def test_the_ceiling_compares_the_real_patches_with_the_table_they_came_with(report):
+    ceiling = report.correlation["ceiling"]
+    assert 10 < ceiling["features"] <= report.correlation["model"]["features"]
+    assert 0.3 < ceiling["mean_r"] < 1
+
+
+def test_the_report_is_a_folder_of_json_tables_and_pictures(folder, report):
+    names = {path.name for path in (folder / "report").iterdir()}
+    assert names == {
+        "_config.yaml",
+        "best_features.png",
+        "cells.png",
+        "correlation.png",
+        "correlation_by_category.png",
+        "correlation_ceiling.csv",
+        "correlation_model.csv",
+        "correlation_shuffle_control.csv",
+        "report.json",
+    }
+    for name in names:
+        if name.endswith(".png"):
+            with Image.open(folder / "report" / name) as picture:
+                assert min(picture.size) > 200
+    table = pd.read_csv(folder / "report" / "correlation_model.csv")
+    assert table["r"].dropna().is_monotonic_decreasing
+    stored = json.loads(
+        (folder / "report" / "report.json").read_text(), parse_constant=refuse_constant
+    )
+    assert stored["protocol"]["cells"] == 120
+    assert stored["protocol"]["wells"] == 12
+    assert stored["correlation"]["model"]["mean_r"] == pytest.approx(1, abs=1e-6)
+    assert set(stored["distances"]) == {"cp", "filterbank"}
+    assert "120 generated cells against the 120 real ones" in str(report)
+    assert "100 % of" in str(report)
+
+
+@pytest.mark.usefixtures("inline")
+def test_few_cells_are_taken_evenly_over_wells_and_the_control_can_be_left_out(folder, tmp_path):
+    chosen = {"cells": 24, "shuffle_control": False, "embeddings": ["filterbank"]}
+    small = evaluate(config_of(folder, tmp_path / "report", **chosen))
+    assert small.protocol["cells"] == 24
+    assert small.protocol["wells"] == 12
+    assert set(small.correlation) == {"model", "ceiling"}
+    assert small.distances["filterbank"]["singular"]
+
+
+@pytest.mark.usefixtures("inline")
+def test_sets_without_a_common_cell_are_refused(folder, tmp_path):
+    with pytest.raises(EvaluationError, match="share no cell"):
+        evaluate(config_of(folder, tmp_path / "report", generated="other"))
+    assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.usefixtures("inline")
+def test_a_split_without_cells_is_refused(folder, tmp_path):
+    with pytest.raises(EvaluationError, match="none of the cells in both sets is in the test"):
+        evaluate(config_of(folder, tmp_path / "report", split="test"))

@@ -1,0 +1,93 @@
+"""Cells without a table get one: every patch measured, or counted as without a nucleus."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cp2image.config import Config
+from cp2image.data.schema import PatchFormat, build_table
+from cp2image.dataset import open_dataset
+from cp2image.errors import DatasetError, MeasurementError
+from cp2image.measuring import measure_dataset
+from cp2image.metrics.measurement import measure
+from cp2image.publication import Outcome, publish
+from cp2image.staging import stage_plate
+
+FORMAT = PatchFormat(("DNA", "Actin"), 40, "uint16", 16)
+EMPTY = (3, 7)
+
+
+def draw_patches(numbers):
+    """Round nuclei in round cells, of a size and brightness of their own; none on `EMPTY`."""
+    yy, xx = np.mgrid[:40, :40] - 20
+    patches = np.full((len(numbers), 2, 40, 40), 500, np.uint16)
+    for patch, number in zip(patches, numbers, strict=True):
+        if number not in EMPTY:
+            patch[0][yy**2 + xx**2 < (5 + number / 4) ** 2] = 20_000 + 1000 * number
+            patch[1][yy**2 + xx**2 < 14**2] = 9_000
+    return patches
+
+
+@pytest.fixture
+def folder(tmp_path, inline):
+    metadata = pd.DataFrame(
+        {
+            "Metadata_Plate": "P1",
+            "Metadata_Well": "B02",
+            "Metadata_Site": "1",
+            "Metadata_ImageNumber": 1,
+            "Metadata_ObjectNumber": np.arange(10),
+        }
+    )
+    units = stage_plate(str(tmp_path / "staged"), "P1", metadata, 4)
+
+    def process(unit):
+        rows = metadata.iloc[unit.start : unit.start + unit.rows]
+        patches = draw_patches(rows["Metadata_ObjectNumber"].tolist())
+        return Outcome(build_table(rows, None, patches, FORMAT))
+
+    publish(str(tmp_path / "cells"), units, lambda: process, Config(), "mark", label="test")
+    return tmp_path
+
+
+def config_of(folder, **settings):
+    section = {
+        "input": str(folder / "cells"),
+        "output": str(folder / "measured"),
+        "families": ["AreaShape", "Intensity"],
+    }
+    raw = {"measure": section | settings, "cluster": {"cells_per_task": 4}}
+    return Config.model_validate(raw | {"tracking": {"enabled": False}}).resolve()
+
+
+def test_every_patch_is_measured_or_counted_as_without_a_nucleus(folder):
+    result = measure_dataset(config_of(folder))
+    assert result.totals == {"in": 10, "out": 8, "no_nucleus": 2}
+    cells = pd.read_parquet(folder / "measured").sort_values("Metadata_ObjectNumber")
+    numbers = cells["Metadata_ObjectNumber"].tolist()
+    assert numbers == [number for number in range(10) if number not in EMPTY]
+    expected = measure(
+        draw_patches(numbers), channels=FORMAT.channels, families=["AreaShape", "Intensity"]
+    )
+    dataset = open_dataset(str(folder / "measured"))
+    assert dataset.features == list(expected.columns)
+    assert dataset.patch_format == FORMAT
+    np.testing.assert_allclose(cells[dataset.features], expected.astype(np.float32))
+    for number, pixels in zip(numbers, cells["patch"], strict=True):
+        patch = np.frombuffer(pixels, "uint16").reshape(2, 40, 40)
+        np.testing.assert_array_equal(patch, draw_patches([number])[0])
+
+
+def test_a_family_that_is_misspelled_is_refused_before_anything_is_measured(folder):
+    with pytest.raises(MeasurementError, match="AreaShap"):
+        measure_dataset(config_of(folder, families=["AreaShap"]))
+    assert not (folder / "measured").exists()
+
+
+def test_cells_that_were_prepared_anew_are_not_mixed_with_measurements_of_the_old(folder):
+    measure_dataset(config_of(folder))
+    assert measure_dataset(config_of(folder)).skipped == ("P1",)
+    manifest = folder / "cells" / "_manifests" / "P1.json"
+    manifest.write_text(manifest.read_text().replace('"mark"', '"another"'))
+    with pytest.raises(DatasetError, match="plate 'P1', written with another input"):
+        measure_dataset(config_of(folder))
