@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cp2image import evaluation_sets
 from cp2image.checkpoint import ModelCard, save_checkpoint
 from cp2image.columns import measurements
 from cp2image.config import Config, Split
@@ -178,7 +179,10 @@ def test_the_report_is_a_folder_of_json_tables_and_pictures(folder, report):
 
 
 @pytest.mark.usefixtures("inline")
-def test_few_cells_are_taken_evenly_over_wells_and_the_control_can_be_left_out(folder, tmp_path):
+def test_few_cells_are_taken_evenly_over_wells_and_the_control_can_be_left_out(
+    folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(evaluation_sets, "_CELLS_PER_TASK", 3)  # some tasks meet no chosen cell
     chosen = {"cells": 24, "shuffle_control": False, "embeddings": ["filterbank"]}
     small = evaluate(config_of(folder, tmp_path / "report", **chosen))
     assert small.protocol["cells"] == 24
@@ -198,3 +202,12 @@ def test_sets_without_a_common_cell_are_refused(folder, tmp_path):
 def test_a_split_without_cells_is_refused(folder, tmp_path):
     with pytest.raises(EvaluationError, match="none of the cells in both sets is in the test"):
         evaluate(config_of(folder, tmp_path / "report", split="test"))
+
+
+def test_the_control_gives_each_cell_the_features_of_another_of_its_plate():
+    cells = pd.DataFrame({"Metadata_Plate": np.repeat(["P1", "P2"], [3000, 500])})
+    rows, source = evaluation_sets._permute(cells)
+    plates = cells["Metadata_Plate"].to_numpy()
+    np.testing.assert_array_equal(plates[rows], plates[source])
+    assert len(rows) == len(set(rows)) == len(set(source)) == 2000
+    assert (rows == source).mean() < 0.01

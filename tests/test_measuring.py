@@ -14,7 +14,7 @@ from cp2image.publication import Outcome, publish
 from cp2image.staging import stage_plate
 
 FORMAT = PatchFormat(("DNA", "Actin"), 40, "uint16", 16)
-EMPTY = (3, 7)
+EMPTY = (1, 6)
 
 
 def draw_patches(numbers):
