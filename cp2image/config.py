@@ -230,7 +230,6 @@ class Generate(Section):
     """Only these; empty: all."""
     split: Literal["all", "train", "validation", "test"] = "all"
     """Only the cells of one split of the checkpoint's training run."""
-    batch_size: Positive = 104
     gpu: bool = False
 
 

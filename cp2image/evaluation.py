@@ -34,7 +34,7 @@ from cp2image.metrics.correlation import (
 from cp2image.metrics.embedding import CellProfilerEmbedding
 from cp2image.metrics.frechet import Moments, frechet_distance, kernel_distance
 from cp2image.storage import join, write_bytes
-from cp2image.tracking import record
+from cp2image.tracking import record, tracking_uri
 
 _SHOWN = 24
 
@@ -91,7 +91,7 @@ def evaluate(config: Config) -> Report:
     """
     settings = config.evaluate
     real, generated = open_dataset(settings.real), open_dataset(settings.generated)
-    model = load_model(settings.checkpoint)
+    model = load_model(settings.checkpoint, store=tracking_uri(config))
     if generated.patch_format.channels != real.patch_format.channels:
         raise EvaluationError(
             f"{settings.generated} has channels {generated.patch_format.channels}, "

@@ -19,6 +19,7 @@ from cp2image.data.schema import PATCH, decode_features, decode_metadata, decode
 from cp2image.dataset import CellDataset, read_range
 from cp2image.metrics.embedding import FilterBank, InceptionEmbedding, quantise
 from cp2image.metrics.measurement import measure
+from cp2image.tracking import tracking_uri
 
 _CONTROL_CELLS = 2_000
 _CELLS_PER_TASK = 256
@@ -170,7 +171,7 @@ class _Gather:
     ) -> None:
         self._config, self._format, self._keys = config, patch_format, keys
         self._metadata, self._columns = metadata, columns
-        self._model = load_model(config.evaluate.checkpoint)
+        self._model = load_model(config.evaluate.checkpoint, store=tracking_uri(config))
         self._embeddings = _embeddings(config, len(patch_format.channels))
 
     def __call__(self, item: dict[str, Any]) -> pa.Table:
@@ -220,7 +221,7 @@ class _Draw:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._model = load_model(config.evaluate.checkpoint)
+        self._model = load_model(config.evaluate.checkpoint, store=tracking_uri(config))
 
     def __call__(self, item: dict[str, Any]) -> pa.Table:
         pixels = self._model.draw(item["scaled"], item["keys"], self._config.run.seed)

@@ -35,7 +35,7 @@ from cp2image.figures.plates import plate_overview
 from cp2image.publication import Outcome, Publication, publish
 from cp2image.staging import STAGING, stage_plate
 from cp2image.storage import delete_tree, join
-from cp2image.tracking import record
+from cp2image.tracking import record, tracking_uri
 
 
 def generate(config: Config) -> Publication:
@@ -53,7 +53,7 @@ def generate(config: Config) -> Publication:
         If an input is missing or damaged, or plates failed.
     """
     settings = config.generate
-    model = load_model(settings.checkpoint)
+    model = load_model(settings.checkpoint, store=tracking_uri(config))
     mark = _fingerprint(config, model)
     join_cluster(config.cluster)
     staging = join(settings.output, STAGING)
@@ -170,7 +170,8 @@ class _Generate:
         settings = config.generate
         if not settings.gpu:
             torch.set_num_threads(max(1, int(config.cluster.cpus_per_task)))
-        self._model = load_model(settings.checkpoint, "cuda" if settings.gpu else "cpu")
+        device, store = "cuda" if settings.gpu else "cpu", tracking_uri(config)
+        self._model = load_model(settings.checkpoint, device, store)
         self._model.scaling = load_scaling(scaling)
         self._split, self._seed = settings.split, config.run.seed
 

@@ -219,6 +219,15 @@ def test_neighbours_and_batch_size_do_not_change_a_cells_pixels(large):
         np.testing.assert_array_equal(alone, together[start:stop])
 
 
+def test_every_forward_pass_has_the_same_size(large):
+    sizes = set()
+    hook = large._generator.register_forward_pre_hook(lambda _, given: sizes.add(len(given[0])))
+    for cells in (1, 3, 104, 130):
+        large.generate(np.zeros((cells, 453)))
+    hook.remove()
+    assert len(sizes) == 1
+
+
 def test_folder_without_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"checkpoint\.json is missing.*jobs/train\.py"):
         load_model(str(tmp_path / "nowhere"))

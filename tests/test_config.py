@@ -132,7 +132,7 @@ def test_a_tab_is_explained(read):
 def test_empty_files_empty_sections_windows_text_and_anchors_are_read(read):
     assert read("") == read("# nothing yet\n") == read("train:\n") == read_config(None)
     assert read(b"\xef\xbb\xbftrain:\r\n  steps: 5\r\n").train.steps == 5
-    assert read("train: &t {steps: 5}\ngenerate: {<<: {batch_size: 7}}\n").generate.batch_size == 7
+    assert read("train: &t {steps: 5}\ngenerate: {<<: {gpu: true}}\n").generate.gpu
 
 
 def test_plate_names_stay_as_they_are_written(read):
@@ -255,7 +255,7 @@ def test_the_written_config_means_the_same_to_other_yaml_readers():
 def test_a_fingerprint_tells_settings_apart_but_not_where_outputs_go(read):
     base = read("")
     assert base.fingerprint("train") == read("", "train.output=x").fingerprint("train")
-    assert base.fingerprint("train") == read("", "generate.batch_size=3").fingerprint("train")
+    assert base.fingerprint("train") == read("", "generate.gpu=true").fingerprint("train")
     assert base.fingerprint("train") != read("", "train.steps=3").fingerprint("train")
     assert base.fingerprint("train") != base.fingerprint("train", "split")
     assert base.fingerprint("train", "split") == base.fingerprint("split", "train")
