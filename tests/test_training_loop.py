@@ -267,3 +267,16 @@ def test_fingerprint_tells_settings_and_data_apart_but_not_their_amount(tmp_path
     fewer = open_dataset(write_dataset(tmp_path / "fewer", ["P1", "P2"]))
     marks |= {mark, fingerprint(experiment(tmp_path, cells), fewer)}
     assert len(marks) == len(others) + 2
+
+
+@pytest.mark.parametrize(("balance", "share"), [("treatment", 1 / 3), ("cell", 1 / 2)])
+def test_half_the_cells_are_dmso_and_balance_says_how_often_they_are_drawn(
+    tmp_path, cells, balance, share
+):
+    config = experiment(tmp_path / balance, cells, balance=balance, batch_size=12)
+    plan = plan_of(config)
+    loop = TrainingLoop(plan, *cells_of(plan))
+    control = plan.preparation.treatments.index("DMSO 0.1")
+    train, _ = cells_of(plan)
+    drawn = np.concatenate([loop._sampler.draw(step) for step in range(200)])
+    assert np.mean(train.treatments[drawn] == control) == pytest.approx(share, abs=0.04)
