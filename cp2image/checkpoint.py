@@ -91,11 +91,11 @@ class Model:
         weights: dict[str, Tensor],
         *,
         config: str = "",
-        weights_hash: str = "",
+        model_hash: str = "",
         device: str = "cpu",
     ) -> None:
         self.card, self.scaling, self.intensity, self.splits = card, scaling, intensity, splits
-        self.config, self.hash, self._device = config, weights_hash, device
+        self.config, self.hash, self._device = config, model_hash, device
         self._generator = Generator(len(scaling.features), len(card.channels), card.patch_size)
         self._generator.load_state_dict(weights)
         self._generator.eval().requires_grad_(False).to(device)
@@ -303,7 +303,9 @@ def load_model(uri: str, device: str = "cpu", store: str | None = None) -> Model
         Splits.from_json(data["splits"]),
         load_tensors(files["weights.safetensors"]),
         config=files["config.yaml"].decode(),
-        weights_hash=data["sha256"]["weights.safetensors"],
+        model_hash=hashlib.sha256(
+            json.dumps([data[key] for key in ("sha256", "scaling", "intensity")]).encode()
+        ).hexdigest(),
         device=device,
     )
 

@@ -346,3 +346,14 @@ def test_registered_model_is_found_in_the_store_that_is_named(registered, model,
     finally:
         mlflow.set_tracking_uri(recorder.tracking_uri)
     np.testing.assert_array_equal(found.generate(profiles()), model.generate(profiles()))
+
+
+def test_a_scaling_of_chosen_columns_survives_storage(tmp_path):
+    rng = np.random.default_rng(0)
+    wide = rng.normal(size=(3, 7)), rng.uniform(1, 2, size=(3, 7))
+    center, scale = (values[:, [6, 2, 4]] for values in wide)  # numpy leaves these in column order
+    scaling = Scaling(("a", "b", "c"), ("P1", "P2"), center, scale, 5.0)
+    save_scaling(str(tmp_path / "scaling.safetensors"), scaling)
+    found = load_scaling(str(tmp_path / "scaling.safetensors"))
+    np.testing.assert_array_equal(found.center, center)
+    np.testing.assert_array_equal(found.scale, scale)

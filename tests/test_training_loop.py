@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import cp2image
+from cp2image.checkpoint import load_model
 from cp2image.data.schema import decode_patches
 from cp2image.dataset import open_dataset
 from cp2image.errors import CheckpointError, TrainingError
@@ -280,3 +281,19 @@ def test_half_the_cells_are_dmso_and_balance_says_how_often_they_are_drawn(
     train, _ = cells_of(plan)
     drawn = np.concatenate([loop._sampler.draw(step) for step in range(200)])
     assert np.mean(train.treatments[drawn] == control) == pytest.approx(share, abs=0.04)
+
+
+def test_the_saved_checkpoint_draws_validation_cells_as_well_as_training_said(cells, plain):
+    config, _ = plain
+    model, dataset = load_model(config.train.output), open_dataset(cells)
+    losses = []
+    for table in dataset.read():
+        frame = table.drop_columns("patch").to_pandas()
+        held_out = model.splits.of(frame) == "validation"
+        plates = frame["Metadata_Plate"].tolist()
+        patches = decode_patches(table, dataset.patch_format)
+        real = model.intensity.apply(patches, plates, dataset.patch_format.full_scale)
+        drawn = model.generate(frame) / 255
+        losses.append(0.5 * ((real - drawn)[held_out] ** 2).sum(axis=(1, 2, 3)))
+    said = model.card.metrics["validation/L_MSE"]
+    assert np.concatenate(losses).mean() == pytest.approx(said, rel=0.01)

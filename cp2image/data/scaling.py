@@ -171,8 +171,12 @@ class Scaling:
         )
 
     def to_tensors(self) -> dict[str, NDArray[np.float64]]:
-        """Return the arrays, for safetensors; `describe` has the rest."""
-        return {"center": self.center, "scale": self.scale}
+        """Return the arrays, for safetensors; `describe` has the rest.
+
+        In C order: safetensors stores the memory as it lies, whatever the strides say.
+        """
+        arrays = {"center": self.center, "scale": self.scale}
+        return {name: np.ascontiguousarray(values) for name, values in arrays.items()}
 
     def describe(self) -> dict[str, Any]:
         """Return everything but the arrays, as JSON can hold it."""
