@@ -10,9 +10,10 @@ import re
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -86,13 +87,24 @@ class Simulate(Section):
     """Share of fields that are noise or out of focus."""
 
 
+_Names = TypeVar("_Names", list[str], dict[str, str])
+
+
+def _unique(names: _Names) -> _Names:
+    values = list(names.values()) if isinstance(names, dict) else names
+    twice = sorted({name for name in values if values.count(name) > 1})
+    if twice:
+        raise ValueError(f"{twice[0]!r} stands twice; every channel is its own image")
+    return names
+
+
 class Stacks(Section):
     """Ready-made patches: image stacks and an index CSV with one row per cell."""
 
     index: str
     columns: dict[str, str]
     """Canonical name → the index's column, as ``Metadata_Plate: plate``; ``file``, ``page`` too."""
-    channels: list[str]
+    channels: Annotated[list[str], Field(min_length=1, max_length=8), AfterValidator(_unique)]
 
 
 class Quality(Section):
@@ -130,7 +142,7 @@ class Prepare(Section):
     """Start of a folder in the table → start of the real one; goes before ``images``."""
     nuclei: str = "Nuclei"
     """The compartment whose centre a patch is cut around."""
-    channels: dict[str, str] = {}
+    channels: Annotated[dict[str, str], Field(max_length=8), AfterValidator(_unique)] = {}
     """Channel name → image name in the table's ``FileName_<image>``, in patch order."""
     stacks: Stacks | None = None
     patch_size: Annotated[Positive, Field(ge=16, le=512)] = 68
@@ -244,7 +256,7 @@ class Evaluate(Section):
     split: Literal["all", "train", "validation", "test"] = "all"
     """Only the cells of one split of the checkpoint's training run."""
     embeddings: list[Literal["cp", "filterbank", "inception"]] = ["cp", "filterbank"]
-    inception_weights: str | None = None
+    inception_weights: Annotated[str, Field(min_length=1)] | None = None
     """URI of the FID Inception network's weights (safetensors or a torch state dict)."""
     families: list[str] | None = None
     shuffle_control: bool = True

@@ -5,9 +5,11 @@ from functools import partial
 import numpy as np
 
 from cp2image.cluster import join_cluster
+from cp2image.columns import nearest
 from cp2image.config import Config
 from cp2image.data.schema import PATCH, PatchFormat, build_table, decode_metadata, decode_patches
 from cp2image.dataset import CellRange, open_dataset, read_range
+from cp2image.errors import MeasurementError
 from cp2image.metrics.measurement import feature_names, measure
 from cp2image.publication import Outcome, Publication, publish
 from cp2image.tracking import record
@@ -31,6 +33,13 @@ def measure_dataset(config: Config) -> Publication:
     settings = config.measure
     dataset = open_dataset(settings.input)
     feature_names(dataset.patch_format.channels, settings.compartments, settings.families)
+    chosen = settings.nucleus_channel
+    if chosen is not None and chosen not in dataset.patch_format.channels:
+        raise MeasurementError(
+            f"measure.nucleus_channel: {settings.input} has no channel {chosen!r}"
+            f"{nearest(chosen, dataset.patch_format.channels)}; it has "
+            f"{', '.join(dataset.patch_format.channels)}"
+        )
     join_cluster(config.cluster)
     mark = config.fingerprint("measure")
     inputs = {plate: manifest.identity for plate, manifest in dataset.manifests.items()}

@@ -227,6 +227,11 @@ class _PrepareFields(_Prepare):
         for number, cells in frame.groupby(IMAGE_NUMBER, sort=False):
             sources = _sources(cells)
             field_ = read_field(sources, expected_channels=len(sources))
+            if field_[0].min() == field_[0].max():
+                raise FieldError(
+                    f"image {number} ({sources[0]}): channel {self._channels[0]!r} is empty, all "
+                    f"pixels are {field_[0].min()}; check the file, or leave the image out"
+                )
             centers = cells[[_Y, _X]].to_numpy(dtype=np.float64)
             try:
                 patches, inside = crop_patches(field_, centers, size, border)

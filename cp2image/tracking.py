@@ -122,10 +122,10 @@ def record(config: Config, step: str, run_id: str = "") -> Iterator[Recorder]:
     logging.getLogger("alembic").setLevel(logging.WARNING)
     uri = tracking_uri(config)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    client = MlflowClient(uri)
     try:
+        if uri.startswith("sqlite:///"):
+            Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        client = MlflowClient(uri)
         found = client.get_experiment_by_name(config.tracking.experiment)
         artifacts = None
         if uri.startswith("sqlite:///"):
@@ -140,7 +140,8 @@ def record(config: Config, step: str, run_id: str = "") -> Iterator[Recorder]:
     except (MlflowException, OSError) as error:
         raise StorageError(
             f"MLflow at {_without_secret(uri)} does not answer: {error}; check "
-            "MLFLOW_TRACKING_URI, user and password, or set tracking.enabled=false"
+            "run.folder (where it is SQLite), MLFLOW_TRACKING_URI, user and password, or set "
+            "tracking.enabled=false"
         ) from error
     recorder = MlflowRecorder(uri, run.info.run_id)
     if recorder.run_id != run_id:

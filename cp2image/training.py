@@ -107,6 +107,7 @@ def train(config: Config) -> TrainingResult:
     recorded = _recorded(output)
     if card is not None and trained and recorded["steps"] == card.steps:
         return TrainingResult(output, card.steps, card.metrics, recorded["run_id"])
+    write_bytes(join(output, STATES, "config.yaml"), config.yaml().encode())  # or say so now
     join_cluster(config.cluster)
     preparation = None if trained else prepare_profiles(dataset, config)
     with record(config, "train", state.get("run_id", "")) as recorder:

@@ -23,8 +23,8 @@ _CHANNEL_AXES = "CSIQ"
 _GREY_AXES = 2
 _DTYPES = ("uint8", "uint16", "float32")
 _RGB_ADVICE = (
-    "; expected one grey plane per stain. Split it, or set rgb=true if red, green and blue "
-    "really are three stains"
+    "; expected one grey plane per stain. Split it into one file per stain, or export the "
+    "stains in grey"
 )
 
 

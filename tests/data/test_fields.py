@@ -103,7 +103,7 @@ def test_a_colour_file_is_three_channels_only_when_asked_for(tmp_path):
             tifffile.imwrite(name, np.moveaxis(field, 0, -1), photometric="rgb")
         np.testing.assert_array_equal(read_field([name], expected_channels=3, rgb=True), field)
         with pytest.raises(
-            FieldError, match=rf"rgb\.{suffix}: found a colour.*24 x 30 px.*rgb=true"
+            FieldError, match=rf"rgb\.{suffix}: found a colour.*24 x 30 px.*one grey plane"
         ):
             read_field([name], expected_channels=3)
         with pytest.raises(FieldError, match=r"found 3 channels .* expected 1"):
