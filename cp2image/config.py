@@ -357,6 +357,8 @@ class Config(Section):
             for key in keys:
                 data[section][key] = _absolute(data[section][key])
         prepare = data["prepare"]
+        folders = prepare["image_folders"]
+        prepare["image_folders"] = {start: _absolute(goal) for start, goal in folders.items()}
         if prepare["stacks"]:
             prepare["stacks"]["index"] = _absolute(prepare["stacks"]["index"])
         for extra in prepare["metadata_files"]:

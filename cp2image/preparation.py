@@ -116,12 +116,15 @@ def _stage_tables(config: Config, staging: str, published: set[str]) -> _Staged:
         for extra in settings.metadata_files:
             table = join_metadata(table, extra.uri, extra.on, extra.columns)
         images = table.images()
-        sources = locate_fields(
-            images,
-            list(settings.channels.values()),
-            root=settings.images,
-            replace=settings.image_folders,
-        )
+        try:
+            sources = locate_fields(
+                images,
+                list(settings.channels.values()),
+                root=settings.images,
+                replace=settings.image_folders,
+            )
+        except ColumnError as error:
+            raise ColumnError(f"{uri}: {error}; prepare.channels names the images") from error
         sources.columns = [f"{_SOURCE}{number}" for number in range(len(settings.channels))]
         sources[IMAGE_NUMBER] = images[IMAGE_NUMBER]
         sources[PLATE] = images[PLATE]
@@ -143,7 +146,11 @@ def _stage_tables(config: Config, staging: str, published: set[str]) -> _Staged:
                 for name, count in cells.attrs["account"].items()
                 if name.startswith("without_")
             }
-            centers = pd.DataFrame(nucleus_centers(cells, settings.nuclei), columns=[_Y, _X])
+            try:
+                places = nucleus_centers(cells, settings.nuclei)
+            except ColumnError as error:
+                raise ColumnError(f"{uri}: {error} (prepare.nuclei)") from error
+            centers = pd.DataFrame(places, columns=[_Y, _X])
             cells = pd.concat([cells, centers], axis=1).merge(
                 sources, on=[PLATE, IMAGE_NUMBER], how="left", validate="many_to_one"
             )

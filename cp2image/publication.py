@@ -201,10 +201,11 @@ def publish(
         delete_tree(join(uri, ATTEMPTS))
     if failed:
         tried = len(failed) + len(accounts) - len(done)
+        kept = ", the others are published" if len(failed) < tried else ""
         shown = "\n".join(f"  plate {plate}: {why}" for plate, why in sorted(failed.items())[:10])
         more = f"\n  and {len(failed) - 10} more, see _account.json" if len(failed) > 10 else ""
         raise DatasetError(
-            f"{uri}: {len(failed)} of {tried} plates failed, the others are published; "
+            f"{uri}: {len(failed)} of {tried} plates failed{kept}; "
             f"run the job again to try only these:\n{shown}{more}"
         )
     return result
