@@ -487,7 +487,7 @@ def test_a_signal_in_the_middle_of_a_write_leaves_a_whole_object_or_none(s3, mon
     files, path = filesystem(f"{s3}/manifest.json")
 
     class Interrupted:
-        def open_output_stream(self, path):
+        def open_output_stream(self, path, compression=None):
             stream = files.open_output_stream(path)
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.2)
