@@ -50,4 +50,5 @@ def quieten() -> None:
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    context.raise_original_map_exception = True  # a refused input stays a refusal
+    logging.getLogger("ray.data").setLevel(logging.ERROR)

@@ -6,6 +6,7 @@ times, and reports medians and ratios with the machine and the commit they belon
 
 from cp2image.benchmarks.report import Findings, Report, observe
 from cp2image.config import Config
+from cp2image.errors import ConfigError
 from cp2image.storage import join, write_bytes
 
 
@@ -44,4 +45,4 @@ def _find(name: str, config: Config) -> Findings:
 
             return benchmark_measure(config)
         case _:
-            raise NotImplementedError(name)
+            raise ConfigError(f"benchmark.which: no benchmark {name!r}; there is: measure")
