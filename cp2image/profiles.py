@@ -45,6 +45,23 @@ class Preparation:
     counts: dict[str, int]
 
 
+def measured_features(dataset: CellDataset) -> list[str]:
+    """Return the names of the dataset's CellProfiler features, in table order.
+
+    Raises
+    ------
+    DatasetError
+        If it has none: only patches.
+    """
+    names = [column.name for column in measurements(dataset.features)]
+    if not names:
+        raise DatasetError(
+            f"{dataset.uri}: has patches but no CellProfiler features; run jobs/measure.py on it "
+            "and train on what that writes"
+        )
+    return names
+
+
 def prepare_profiles(dataset: CellDataset, config: Config) -> Preparation:
     """Split the cells, select features and fit their scaling on the training split.
 
@@ -53,12 +70,7 @@ def prepare_profiles(dataset: CellDataset, config: Config) -> Preparation:
     DatasetError
         If the dataset has no measurements or no cell is left to train on.
     """
-    names = [column.name for column in measurements(dataset.features)]
-    if not names:
-        raise DatasetError(
-            f"{dataset.uri}: has patches but no CellProfiler features; run jobs/measure.py on it "
-            "and train on what that writes"
-        )
+    names = measured_features(dataset)
     splits, treatments, counts = _split(dataset, config)
     statistics = FeatureStatistics(len(names))
     fit = ScalingFit(names, config.scaling)

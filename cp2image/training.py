@@ -21,7 +21,7 @@ from cp2image.cluster import join_cluster
 from cp2image.config import Config
 from cp2image.dataset import CellDataset, open_dataset
 from cp2image.errors import CheckpointError, Cp2ImageError, TrainingError
-from cp2image.profiles import Preparation, prepare_profiles
+from cp2image.profiles import Preparation, measured_features, prepare_profiles
 from cp2image.storage import delete_tree, exists, filesystem, join, read_bytes, write_bytes
 from cp2image.tracking import log_model, record
 from cp2image.training_cells import TrainingRead
@@ -100,6 +100,7 @@ def train(config: Config) -> TrainingResult:
         If training fails on the workers.
     """
     dataset = open_dataset(config.train.input)
+    measured_features(dataset)  # refused before anything is written
     mark = fingerprint(config, dataset)
     output = config.train.output
     card, state = _earlier(output, mark)
