@@ -243,6 +243,8 @@ class Generate(Section):
     split: Literal["all", "train", "validation", "test"] = "all"
     """Only the cells of one split of the checkpoint's training run."""
     gpu: bool = False
+    bf16: bool = False
+    """Draw in bfloat16: for GPUs, and CPUs that have it in hardware."""
 
 
 class Evaluate(Section):

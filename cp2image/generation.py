@@ -171,7 +171,7 @@ class _Generate:
         if not settings.gpu:
             torch.set_num_threads(max(1, int(config.cluster.cpus_per_task)))
         device, store = "cuda" if settings.gpu else "cpu", tracking_uri(config)
-        self._model = load_model(settings.checkpoint, device, store)
+        self._model = load_model(settings.checkpoint, device, store, bf16=settings.bf16)
         self._model.scaling = load_scaling(scaling)
         self._split, self._seed = settings.split, config.run.seed
 

@@ -13,10 +13,16 @@ from torch.nn.functional import leaky_relu, max_pool2d
 from torch.nn.utils.parametrizations import spectral_norm
 
 from cp2image.models.leading_norm import LeadingBatchNorm
-from cp2image.models.upsampling import upsample_convolve
+from cp2image.models.upsampling import (
+    convolve_doubled,
+    convolve_folded,
+    fold_kernel,
+    spread,
+)
 
 KERNEL, WIDTH, SLOPE = 5, 32, 0.01
 _GROWTH = KERNEL - 1
+_LAST = 2
 
 
 def layer_sides(patch_size: int) -> tuple[int, int, int, int]:
@@ -74,15 +80,21 @@ class Generator(nn.Module):
         """Map (N, p) scaled features to (N, channels, patch_size, patch_size) intensities."""
         first = self.sides[0]
         x = self.linear(features).view(-1, WIDTH, first, first)
-        if x.device.type == "cpu":
-            x = x.contiguous(memory_format=torch.channels_last)
-        x = leaky_relu(self.norms[0](x), SLOPE)
-        for convolution, norm, side in zip(
-            self.convolutions, self.norms[1:], self.sides[1:], strict=True
-        ):
-            x = upsample_convolve(x, cast(Tensor, convolution.weight), side - _GROWTH)
-            x = leaky_relu(norm(x), SLOPE)
-        return leaky_relu(self.channel_norm(self.to_channels(x)), SLOPE)
+        x = x.contiguous(memory_format=torch.channels_last)
+        x = leaky_relu(self.norms[0](x), SLOPE, inplace=True)
+        for layer, convolution in enumerate(self.convolutions):
+            weight, grid = cast(Tensor, convolution.weight), self.sides[layer + 1] - _GROWTH
+            folded = grid == 2 * x.shape[-1]
+            if folded:
+                x = convolve_folded(x, fold_kernel(weight))
+            else:
+                x = convolve_doubled(x, weight, grid)
+            x = leaky_relu(self.norms[layer + 1](x), SLOPE, inplace=True)
+            if layer == _LAST:
+                x = leaky_relu(self.channel_norm(self.to_channels(x)), SLOPE, inplace=True)
+            if folded:
+                x = spread(x)
+        return x
 
 
 class Discriminator(nn.Module):

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from cp2image.models.cp2image import Discriminator, Generator
-from cp2image.models.losses import discriminator_loss, gamma_at, hidden_losses, pixel_loss
+from cp2image.models.discriminator_pass import DiscriminatorPass
+from cp2image.models.losses import discriminator_gradient, gamma_at, hidden_gradients
 
 Average = Callable[[Sequence[Tensor]], None]
 """Replaces gradients by their mean over all ranks, in place."""
@@ -139,20 +140,21 @@ class PaperRecipe:
         """
         self.generator.train()
         self.discriminator.train()
-        count = len(batch.original)
+        count, kind = len(batch.original), torch.bfloat16 if self.bf16 else torch.float32
         with torch.autocast(self._device, dtype=torch.bfloat16, enabled=self.bf16):
             generated = self.generator(batch.features)
-            patches = torch.cat([batch.real, generated, batch.original])
-            hidden, logits = self.discriminator(patches, leading=2 * count)
-        logits = logits.float()
-        pixel = pixel_loss(batch.original, generated.float())
-        thirds = [h.float().split(count) for h in hidden]  # real, generated, original
-        layers = hidden_losses([t[2] for t in thirds], [t[1] for t in thirds], self._values)
-        gamma = layers.new_tensor(gamma_at(step, self.gamma, self.gamma_ramp))
-        total = pixel + (gamma * layers).sum()
-        adversary = discriminator_loss(logits[:count], logits[count : 2 * count])
-        to_generator = torch.autograd.grad(total, self._g, retain_graph=True)
-        to_discriminator = torch.autograd.grad(adversary, self._d)
+        drawn = generated.detach().float()
+        patches = torch.cat([batch.real, drawn, batch.original]).to(kind)
+        seen = DiscriminatorPass(self.discriminator, patches)
+        gamma = gamma_at(step, self.gamma, self.gamma_ramp)
+        layers, towards = hidden_gradients(seen.hidden, gamma, self._values)
+        difference = drawn - batch.original
+        pixel = 0.5 * difference.square().sum() / count
+        total = pixel + (layers.new_tensor(gamma) * layers).sum()
+        gradient = difference.div_(count).add_(seen.generated_gradient(towards))
+        to_generator = torch.autograd.grad(generated, self._g, gradient.to(generated.dtype))
+        adversary, to_logits = discriminator_gradient(seen.logits[: 2 * count])
+        to_discriminator = seen.weight_gradients(to_logits)
         average([*to_generator, *to_discriminator])
         for parameters, gradients, optimiser in (
             (self._g, to_generator, self.generator_optimiser),
@@ -164,13 +166,8 @@ class PaperRecipe:
             optimiser.zero_grad(set_to_none=True)
         with torch.no_grad():
             torch._foreach_mul_(self._kernels, 1 - self.decay)
-        losses = {f"L_H{i}": layer.detach() for i, layer in enumerate(layers, start=1)}
-        return {
-            "L_MSE": pixel.detach(),
-            **losses,
-            "L_generator": total.detach(),
-            "L_Dis": adversary.detach(),
-        }
+        losses = {f"L_H{i}": layer for i, layer in enumerate(layers, start=1)}
+        return {"L_MSE": pixel, **losses, "L_generator": total, "L_Dis": adversary}
 
     def state(self) -> dict[str, Tensor]:
         """Return networks and optimisers, flat."""

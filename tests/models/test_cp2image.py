@@ -5,7 +5,12 @@ from torch import nn
 from torch.nn import functional
 
 from cp2image.models.cp2image import Discriminator, Generator, LeadingBatchNorm, layer_sides
-from cp2image.models.upsampling import fold_kernel, upsample_convolve
+from cp2image.models.upsampling import (
+    convolve_doubled,
+    convolve_folded,
+    fold_kernel,
+    spread,
+)
 
 SIZES = [36, 64, 68, 81, 96, 128]
 
@@ -130,7 +135,10 @@ def test_folded_upsampling_convolution_equals_the_plain_one_forwards_and_backwar
     weight = torch.randn(6, 4, 5, 5, requires_grad=True)
     doubled = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)[..., :grid, :grid]
     expected = functional.conv2d(doubled, weight, padding=4)
-    found = upsample_convolve(x, weight, grid)
+    if cropped:
+        found = convolve_doubled(x, weight, grid)
+    else:
+        found = spread(convolve_folded(x, fold_kernel(weight)))
     assert found.shape == (2, 6, grid + 4, grid + 4)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     towards = torch.randn_like(expected)
@@ -144,9 +152,9 @@ def test_folded_upsampling_convolution_equals_the_plain_one_forwards_and_backwar
 
 def test_folded_kernels_hold_every_tap_once():
     weight = torch.rand(2, 3, 5, 5)
-    folded = fold_kernel(weight).view(2, 4, 3, 3, 3)
+    folded = fold_kernel(weight).reshape(4, 2, 3, 3, 3)
     torch.testing.assert_close(
-        folded.sum((3, 4)), weight.sum((2, 3))[:, None].expand(2, 4, 3), rtol=1e-6, atol=1e-5
+        folded.sum((3, 4)), weight.sum((2, 3))[None].expand(4, 2, 3), rtol=1e-6, atol=1e-5
     )
 
 

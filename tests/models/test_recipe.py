@@ -79,7 +79,7 @@ def test_generator_gets_no_gradient_from_the_discriminators_loss():
     pixel_loss(cells.original, plain(cells.features)).backward()
     found, _ = gradients_of(recipe(gamma=(0.0, 0.0, 0.0, 0.0)), cells, 100)
     for gradient, parameter in zip(found, plain.parameters(), strict=True):
-        torch.testing.assert_close(gradient, parameter.grad)
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-5, atol=1e-4)
 
 
 def test_discriminator_gets_no_gradient_from_the_generators_losses():
