@@ -8,11 +8,13 @@ without it is no checkpoint) the ordered features, channels, normalisation and s
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load as load_arrays
@@ -25,7 +27,7 @@ from cp2image.columns import IDENTITY, PLATE, require_columns
 from cp2image.data.identity import cell_keys, texts
 from cp2image.data.intensity import Intensity
 from cp2image.data.scaling import Scaling
-from cp2image.data.schema import PatchFormat
+from cp2image.data.schema import PatchFormat, decode_features, decode_metadata
 from cp2image.data.splits import Splits
 from cp2image.errors import CheckpointError, ColumnError, StorageError
 from cp2image.mlflow_store import mlflow_store
@@ -119,13 +121,15 @@ class Model:
         """Format of the patches it draws: 8 bit, in the model's own normalisation."""
         return PatchFormat(self.channels, self.card.patch_size, "uint8", 8, self.intensity.kind)
 
-    def generate(self, profiles: pd.DataFrame | NDArray[Any], seed: int = 0) -> NDArray[np.uint8]:
+    def generate(
+        self, profiles: pd.DataFrame | pa.Table | NDArray[Any], seed: int = 0
+    ) -> NDArray[np.uint8]:
         """Draw one patch per row.
 
         Parameters
         ----------
         profiles
-            A DataFrame with the model's features (in any order, in CellProfiler's own units) and,
+            A DataFrame or Arrow table with the model's features (in any order, in CellProfiler's own units) and,
             if known, ``Metadata_Plate`` (its scaling is used) and the other identity columns (they
             seed a cell's noise); or an array (N, p) of the features in order.
         seed
@@ -143,12 +147,16 @@ class Model:
         CheckpointError
             If an array has another width.
         """
-        if isinstance(profiles, pd.DataFrame):
-            require_columns(list(profiles.columns), self.features, "the table of profiles")
-            values = _numbers(profiles[list(self.features)])
-            plates = texts(profiles[PLATE]).tolist() if PLATE in profiles else [""] * len(values)
-            known = set(IDENTITY) <= set(profiles.columns)
-            keys = cell_keys(profiles) if known else np.arange(len(values), dtype=np.uint64)
+        if isinstance(profiles, pa.Table | pd.DataFrame):
+            if isinstance(profiles, pa.Table):
+                require_columns(profiles.column_names, self.features, "the table of profiles")
+                values, cells = _decode(profiles, self.features), decode_metadata(profiles)
+            else:
+                require_columns(list(profiles.columns), self.features, "the table of profiles")
+                values, cells = _numbers(profiles[list(self.features)]), profiles
+            plates = texts(cells[PLATE]).tolist() if PLATE in cells else [""] * len(values)
+            known = set(IDENTITY) <= set(cells.columns)
+            keys = cell_keys(cells) if known else np.arange(len(values), dtype=np.uint64)
         else:
             values = np.asarray(profiles, dtype=np.float64)
             if values.ndim != 2 or values.shape[1] != len(self.features):
@@ -176,6 +184,16 @@ class Model:
                 pixels = drawn[: len(part)].clamp_(0, 1).mul_(255).round_().to(torch.uint8)
             out[start : start + len(part)] = pixels.cpu().numpy()
         return out
+
+
+def _decode(table: pa.Table, features: Sequence[str]) -> NDArray[Any]:
+    """Return the features of an Arrow table, (N, p), in double precision if any column is."""
+    kinds = {table.schema.field(name).type for name in features}
+    if kinds == {pa.float32()}:
+        return decode_features(table, features)
+    if all(pa.types.is_floating(kind) or pa.types.is_integer(kind) for kind in kinds):
+        return decode_features(table, features, np.float64)
+    return _numbers(table.select(list(features)).to_pandas())
 
 
 def _numbers(frame: pd.DataFrame) -> NDArray[np.float64]:

@@ -207,6 +207,12 @@ def read_schema(uri: str, manifest: Manifest) -> pa.Schema:
     return _parquet(name, _version(name)).schema_arrow
 
 
+def columns_of(cells: CellRange) -> list[str]:
+    """Return the names of the columns of the file a range of cells is in."""
+    names: list[str] = _parquet(cells.uri, _version(cells.uri)).schema_arrow.names
+    return names
+
+
 def read_range(cells: CellRange, columns: Sequence[str] | None = None) -> pa.Table:
     """Read a range of cells, only the named columns (None: all), as one Arrow table."""
     file = _parquet(cells.uri, _version(cells.uri))

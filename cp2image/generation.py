@@ -23,6 +23,7 @@ from cp2image.data.tables import open_table
 from cp2image.dataset import (
     CellDataset,
     CellRange,
+    columns_of,
     open_dataset,
     plate_folder,
     read_manifests,
@@ -177,19 +178,18 @@ class _Generate:
 
     def __call__(self, unit: CellRange) -> Outcome:
         names = list(self._model.features)
-        table = read_range(unit)
-        kept = [c for c in table.column_names if c.startswith(METADATA)] + names
-        frame = table.select(kept).to_pandas()
+        metadata = [name for name in columns_of(unit) if name.startswith(METADATA)]
+        table = read_range(unit, [*metadata, *names])
+        cells = decode_metadata(table)
         dropped: dict[str, int] = {}
         if self._split != "all":
-            wanted = self._model.splits.of(frame) == self._split
+            wanted = self._model.splits.of(cells) == self._split
             if not wanted.all():
                 dropped[f"not_{self._split}"] = int(np.count_nonzero(~wanted))
-            frame = frame.loc[wanted].reset_index(drop=True)
-        patches = self._model.generate(frame, self._seed)
-        metadata = frame[[name for name in kept if name not in set(names)]]
-        cells = build_table(metadata, frame[names], patches, self._model.patch_format)
-        return Outcome(cells, dropped)
+                table, cells = table.filter(pa.array(wanted)), decode_metadata(table)[wanted]
+        patches = self._model.generate(table, self._seed)
+        features = table.select(names)
+        return Outcome(build_table(cells, features, patches, self._model.patch_format), dropped)
 
 
 def draw_plates(uri: str, channels: Sequence[str], plates: Sequence[str]) -> str:

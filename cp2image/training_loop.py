@@ -3,9 +3,10 @@
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from cp2image.data.balance import Stream, TreatmentSampler
 from cp2image.data.schema import PatchFormat
 from cp2image.errors import TrainingError
 from cp2image.figures.patches import figure_pairs
+from cp2image.models.data_parallel import average_over_ranks
 from cp2image.models.losses import pixel_loss
 from cp2image.models.recipe import OPTIMISERS, Batch, PaperRecipe, Recipe, part_of
 from cp2image.profiles import Preparation
@@ -151,22 +153,23 @@ class TrainingLoop:
         progress = _Progress(self.step, self._seconds)
         metrics: dict[str, float] = {}
         last = self.step >= settings.steps or self._seconds > seconds
-        while not last:
-            with progress.waiting():
-                batch = self._batch(self.step)
-            progress.add(self._recipe.step(batch, self.step, self._average))
-            self.step += 1
-            last = self.step == settings.steps
-            if self.step % settings.log_every == 0 or last:
-                last = self._agree(last or progress.seconds > seconds)
-                self._log(progress)
-            if self.step % settings.validate_every == 0 or last:
-                self._average_statistics()
-                metrics = self._validate()
-                report({"step": self.step, **metrics, "train_seconds": progress.seconds})
-            if self.step % settings.checkpoint_every == 0 or last:
-                self._average_statistics()
-                self._save_state(progress.seconds)
+        with _Ahead(self._batch, self.step) as ahead:
+            while not last:
+                with progress.waiting():
+                    batch = ahead.take()
+                progress.add(self._recipe.step(batch, self.step, self._average))
+                self.step += 1
+                last = self.step == settings.steps
+                if self.step % settings.log_every == 0 or last:
+                    last = self._agree(last or progress.seconds > seconds)
+                    self._log(progress)
+                if self.step % settings.validate_every == 0 or last:
+                    self._average_statistics()
+                    metrics = self._validate()
+                    report({"step": self.step, **metrics, "train_seconds": progress.seconds})
+                if self.step % settings.checkpoint_every == 0 or last:
+                    self._average_statistics()
+                    self._save_state(progress.seconds)
         if self._rank == 0:
             self._finish(metrics or self._validate())
 
@@ -192,16 +195,8 @@ class TrainingLoop:
         )
 
     def _average(self, gradients: Sequence[Tensor]) -> None:
-        """Average gradients over the ranks in one all-reduce (data-parallel training)."""
-        if self._world == 1:
-            return
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        dist.all_reduce(flat)
-        flat /= self._world
-        start = 0
-        for gradient in gradients:
-            gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
-            start += gradient.numel()
+        if self._world > 1:
+            average_over_ranks(gradients)
 
     def _average_statistics(self) -> None:
         """Make batch norm's running statistics those of all ranks together."""
@@ -316,6 +311,29 @@ class TrainingLoop:
             discriminator=part_of(state, "discriminator"),
             config=plan.config.yaml(),
         )
+
+
+class _Ahead:
+    """Makes the next step's batch in a thread while the present one is trained on."""
+
+    def __init__(self, make: Callable[[int], Batch], step: int) -> None:
+        self._make, self._step = make, step
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._next = self._thread.submit(make, step)
+
+    def take(self) -> Batch:
+        """Return the next batch and begin with the one after it."""
+        batch = self._next.result()
+        self._step += 1
+        self._next = self._thread.submit(self._make, self._step)
+        return batch
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the thread; a batch that nobody took is dropped."""
+        self._thread.shutdown(cancel_futures=True)
 
 
 class _Progress:

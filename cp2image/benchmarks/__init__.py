@@ -1,48 +1,6 @@
 """Speed, side by side with what a user would otherwise write. Above the steps.
 
 Each benchmark runs a plain script's way and this package's on the same cells, in turn, several
-times, and reports medians and ratios with the machine and the commit they belong to.
+times, and reports medians and ratios with the machine and the commit they belong to. `networks`
+needs torch alone.
 """
-
-from cp2image.benchmarks.report import Findings, Report, observe
-from cp2image.config import Config
-from cp2image.errors import ConfigError
-from cp2image.storage import join, write_bytes
-
-
-def run_benchmarks(config: Config) -> str:
-    """Run the benchmarks of ``benchmark.which``; write each one's table and figures.
-
-    Returns
-    -------
-    str
-        The tables as Markdown, and where they are.
-
-    Raises
-    ------
-    StorageError
-        If ``benchmark.output`` cannot be written.
-    """
-    texts = []
-    for name in config.benchmark.which:
-        report = _run(name, config)
-        place = join(config.benchmark.output, name)
-        write_bytes(f"{place}.md", str(report).encode())
-        write_bytes(f"{place}.json", report.to_json().encode())
-        texts.append(f"{report}\n{place}.md and .json")
-    return "\n\n".join(texts)
-
-
-def _run(name: str, config: Config) -> Report:
-    settings = config.benchmark.model_dump(mode="json")
-    return observe(name, lambda: _find(name, config), settings)
-
-
-def _find(name: str, config: Config) -> Findings:
-    match name:  # imported when asked for: each needs other libraries
-        case "measure":
-            from cp2image.benchmarks.measuring import benchmark_measure
-
-            return benchmark_measure(config)
-        case _:
-            raise ConfigError(f"benchmark.which: no benchmark {name!r}; there is: measure")

@@ -117,7 +117,7 @@ class PlainTraining:
             adversary = binary_cross_entropy_with_logits(
                 logits[:count], ones
             ) + binary_cross_entropy_with_logits(logits[count : 2 * count], 0 * ones)
-            adversary.backward()
+            torch.autograd.backward(adversary)
 
             self.generator_optimiser.zero_grad()
             hidden, _ = self.discriminator(torch.cat([real, generated, original]), 2 * count)
@@ -128,7 +128,7 @@ class PlainTraining:
             total = pixel
             for i, layer in enumerate(layers, start=1):
                 total = total + min(max(step / self.gamma_ramp - i, 0.0), 1.0) * layer
-            total.backward(inputs=list(self.generator.parameters()))
+            torch.autograd.backward(total, inputs=list(self.generator.parameters()))
         self.discriminator_optimiser.step()
         self.generator_optimiser.step()
         with torch.no_grad():

@@ -102,10 +102,13 @@ class TreatmentSampler:
         """
         size = self.batch_size
         places = np.arange(self._rank, size, self._world) + step * size
-        turns, position = np.divmod(places, self.treatments)
-        first, last = int(turns[0]), int(turns[-1])
-        order = np.stack([self._permutation(turn, stream) for turn in range(first, last + 1)])
-        treatment = order[turns - first, position]
+        if self.treatments == 1:
+            treatment = np.zeros(len(places), dtype=np.int64)
+        else:
+            turns, position = np.divmod(places, self.treatments)
+            first, last = int(turns[0]), int(turns[-1])
+            order = np.stack([self._permutation(turn, stream) for turn in range(first, last + 1)])
+            treatment = order[turns - first, position]
         words = self._words("cell", stream, places)
         absent = self._counts[treatment] == 0
         if absent.any():

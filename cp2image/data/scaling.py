@@ -17,6 +17,7 @@ from cp2image.columns import COMPOUND, nearest
 from cp2image.config import Scaling as ScalingConfig
 from cp2image.data.identity import Words, texts
 from cp2image.errors import CheckpointError, ColumnError, DatasetError
+from cp2image.kernel import compile_kernel
 
 Values = NDArray[np.floating]
 
@@ -26,7 +27,7 @@ MAX_GLOBAL = 20_000
 """Cells of all plates together that the global scaling is computed from."""
 _NORMAL = 1.4826
 _NO_SPREAD = 1e-6
-_CHUNK = 8_192
+_CHUNK = 1_024
 
 
 def is_control(frame: pd.DataFrame, control: Mapping[str, str]) -> NDArray[np.bool_]:
@@ -61,6 +62,24 @@ def is_control(frame: pd.DataFrame, control: Mapping[str, str]) -> NDArray[np.bo
         value = texts(pd.Series([wanted], dtype=object), whole_numbers=True)[0]
         chosen &= texts(frame[name], whole_numbers=True) == value
     return chosen
+
+
+@compile_kernel
+def _scale(
+    values: Values,
+    rows: NDArray[np.int64],
+    center: NDArray[np.float64],
+    scale: NDArray[np.float64],
+    clip: float,
+    scaled: NDArray[np.float32],
+) -> None:
+    """Fill ``scaled`` in one pass over memory; values that are not finite become 0."""
+    for i in range(values.shape[0]):
+        row = rows[i]
+        for k in range(values.shape[1]):
+            value = np.float64(values[i, k])
+            found = min(max((value - center[row, k]) / scale[row, k], -clip), clip)
+            scaled[i, k] = found if np.isfinite(value) else 0.0
 
 
 @dataclass(frozen=True)
@@ -135,10 +154,8 @@ class Scaling:
         scaled = np.empty(values.shape, dtype=np.float32)
         for start in range(0, len(values), _CHUNK):
             part = slice(start, start + _CHUNK)
-            block = values[part].astype(np.float64)
-            block[~np.isfinite(block)] = np.nan
-            block = (block - self.center[rows[part]]) / self.scale[rows[part]]
-            scaled[part] = np.nan_to_num(np.clip(block, -self.clip, self.clip), nan=0.0)
+            block = np.ascontiguousarray(values[part])
+            _scale(block, rows[part], self.center, self.scale, self.clip, scaled[part])
         return scaled
 
     def with_plate(self, plate: str, controls: Values) -> "Scaling":

@@ -95,7 +95,7 @@ class PatchFormat:
 
 def build_table(
     metadata: pd.DataFrame,
-    features: pd.DataFrame | None,
+    features: pd.DataFrame | pa.Table | None,
     patches: NDArray[Any],
     patch_format: PatchFormat,
 ) -> pa.Table:
@@ -106,7 +106,8 @@ def build_table(
     metadata
         ``Metadata_*`` columns, N rows.
     features
-        Measurements, N rows, stored as float32; None for patches that have none yet.
+        Measurements, N rows, stored as float32, a missing value as NaN; None for patches that
+        have none yet.
     patches
         Shape (N, channels, size, size), of the format's dtype.
     patch_format
@@ -128,7 +129,10 @@ def build_table(
     columns: dict[str, pa.Array] = {}
     for name in metadata.columns:
         columns[str(name)] = _metadata_array(metadata[name])
-    if features is not None:
+    if isinstance(features, pa.Table):
+        for name in features.column_names:
+            columns[name] = _feature_array(features.column(name))
+    elif features is not None:
         for name in features.columns:
             values = features[name].to_numpy(dtype=np.float32, na_value=np.nan)
             columns[str(name)] = pa.array(values, type=pa.float32(), from_pandas=False)
@@ -140,6 +144,11 @@ def build_table(
     )
     table = pa.table(columns)
     return table.replace_schema_metadata(patch_format.to_metadata())
+
+
+def _feature_array(values: pa.ChunkedArray) -> pa.ChunkedArray:
+    known = values if values.type == pa.float32() else values.cast(pa.float32())
+    return known.fill_null(np.nan) if known.null_count else known
 
 
 def _metadata_array(values: pd.Series) -> pa.Array:
@@ -170,12 +179,14 @@ def _decode_chunk(chunk: pa.FixedSizeBinaryArray, patch_format: PatchFormat) -> 
     return data.view(patch_format.dtype).reshape(len(chunk), *patch_format.shape)
 
 
-def decode_features(table: pa.Table, names: Sequence[str]) -> NDArray[np.float32]:
-    """Return the named feature columns as a float32 matrix, shape (N, len(names))."""
-    matrix = np.empty((table.num_rows, len(names)), dtype=np.float32)
+def decode_features(
+    table: pa.Table, names: Sequence[str], dtype: type[np.floating] = np.float32
+) -> NDArray[Any]:
+    """Return the named feature columns as a matrix, shape (N, len(names)), column by column."""
+    columns = np.empty((len(names), table.num_rows), dtype=dtype)
     for i, name in enumerate(names):
-        matrix[:, i] = table.column(name).to_numpy()
-    return matrix
+        columns[i] = table.column(name).to_numpy()
+    return columns.T
 
 
 def decode_metadata(table: pa.Table) -> pd.DataFrame:

@@ -21,9 +21,8 @@ def blocks(rows: int, values: int, device: torch.device) -> Iterator[slice]:
         yield slice(start, min(start + size, rows))
 
 
-def empty_map(rows: int, channels: int, height: int, width: int, like: Tensor) -> Tensor:
+def empty_map(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Return an uninitialised (rows, channels, height, width) map, channels last."""
-    shape = (rows, channels, height, width)
     return torch.empty(
         shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
     )

@@ -109,9 +109,9 @@ class DiscriminatorPass:
         channels, reach = len(kernel), kernel.shape[-1] - 1
         height, width = x.shape[2] - reach, x.shape[3] - reach
         pools = depth < 3
-        z = empty_map(rows, channels, height, width, x)
+        z = empty_map((rows, channels, height, width), x)
         half = (-(-height // 2), -(-width // 2)) if pools else (height, width)
-        pooled = empty_map(rows, channels, *half, x) if pools else z
+        pooled = empty_map((rows, channels, *half), x) if pools else z
         places = torch.empty_like(pooled, dtype=torch.int64) if pools else None
         moments = Moments(channels, x.device)
         for part in blocks(rows, channels * height * width, x.device):
@@ -153,7 +153,7 @@ class DiscriminatorPass:
                 continue
             rows = slice(n, 2 * n) if depth == 0 else slice(0, 3 * n)
             back = self._normalise_back(layer, gradient)[0]
-            gradient = empty_map(rows.stop - rows.start, *layer.x.shape[1:], layer.x)
+            gradient = empty_map((rows.stop - rows.start, *layer.x.shape[1:]), layer.x)
             for part in self._blocks(layer, rows):
                 convolved = self._unpool(layer, back, part)
                 shifted = slice(part.start - rows.start, part.stop - rows.start)
@@ -182,7 +182,7 @@ class DiscriminatorPass:
             norms[id(layer.norm.bias)] = total
             lower = depth > 0
             if lower:
-                gradient = empty_map(rows.stop, *layer.x.shape[1:], layer.x)
+                gradient = empty_map((rows.stop, *layer.x.shape[1:]), layer.x)
             kernel = torch.zeros_like(layer.kernel, dtype=torch.float32)
             for part in self._blocks(layer, rows):
                 convolved = self._unpool(layer, back, part)
@@ -239,7 +239,7 @@ class DiscriminatorPass:
         if known > 0:
             found[:known].addcmul_(z[:known], _column(slope, z), value=-1)
             found[:known].sub_(_column(level, z))
-        return cast(Tensor, found)
+        return found
 
 
 def _convolve_back(

@@ -8,7 +8,7 @@ from centrosome.cpmorphology import convex_hull_ijv, minimum_enclosing_circle
 from numpy.typing import NDArray
 
 from cp2image.errors import MeasurementError
-from cp2image.metrics.families.kernel import compile_kernel
+from cp2image.kernel import compile_kernel
 from cp2image.metrics.families.sorting import sort_pixels
 
 

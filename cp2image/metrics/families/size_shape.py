@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from cp2image.metrics.families.batch import Batch
 from cp2image.metrics.families.distance import measure_squared_distance
-from cp2image.metrics.families.kernel import compile_kernel
+from cp2image.kernel import compile_kernel
 
 _SIZES = (
     "Area",

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cp2image.metrics.families.batch import Batch
-from cp2image.metrics.families.kernel import compile_kernel
+from cp2image.kernel import compile_kernel
 
 _FEATURES = (
     "AngularSecondMoment",

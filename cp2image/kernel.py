@@ -1,4 +1,4 @@
-"""How the batch kernels are compiled. Floor 1: numba.
+"""How loops over batches are compiled. Ground floor: numba.
 
 Compiled kernels are kept in ``__pycache__``. numba looks only at a kernel's own file: after a
 change in a kernel that those of other files call, delete the ``*.nbi`` files there.
