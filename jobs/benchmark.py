@@ -7,7 +7,7 @@ Reads measure.input where it is published, else simulates; writes benchmark.outp
 import sys
 from itertools import takewhile
 
-from cp2image.benchmarks import run_benchmarks
+from cp2image.benchmarks.running import run_benchmarks
 from cp2image.command import run_job
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cp2image.benchmarks import run_benchmarks
 from cp2image.benchmarks.patches import publish_patches, take_patches
 from cp2image.benchmarks.plain_measurement import measure_plain
 from cp2image.benchmarks.report import Comparison, Sample, Timing, interleave
+from cp2image.benchmarks.running import run_benchmarks
 from cp2image.config import read_config
 from cp2image.errors import DatasetError
 

@@ -243,7 +243,8 @@ def _tell_sides(sides: _Sides) -> Table:
     note = (
         "Plain: cp_measure with its numba backend, one object at a time, and scikit-image with "
         f"centrosome for the segmentation. {sides.equal:.2%} of the values agree within 1e-9; "
-        f"others in: {', '.join(others) or 'none'}."
+        f"others in: {', '.join(others) or 'none'}. Where pixels tie, cp2image takes "
+        "CellProfiler's centre and brightest pixel, cp_measure the first or the last."
     )
     return compare("One core, beside cp_measure", sides.compared, "plain", note)
 

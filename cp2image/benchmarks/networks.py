@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
-from torch import Tensor
+from torch import Tensor, multiprocessing
 
 from cp2image.benchmarks.plain_networks import (
     PlainDiscriminator,

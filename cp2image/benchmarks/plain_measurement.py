@@ -2,7 +2,9 @@
 
 What a user would write without `cp2image.metrics`, of which nothing is used here: the opponent of
 the benchmark and the oracle of the tests. Values are cp_measure's (Munoz et al. 2025,
-arXiv:2507.01163) with CellProfiler's own quantiles (``legacy``). Above numpy, pandas, cp_measure.
+arXiv:2507.01163) with CellProfiler's own quantiles (``legacy``). Where several pixels lie deepest
+in a mask, its rings are around the first of them, not CellProfiler's. Above numpy, pandas,
+cp_measure.
 """
 
 import itertools

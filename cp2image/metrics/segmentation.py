@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
 from cp2image.errors import MeasurementError
+from cp2image.kernel import compile_kernel
 from cp2image.metrics.families.batch import scale_images
 from cp2image.metrics.families.distance import measure_squared_distance
-from cp2image.kernel import compile_kernel
 from cp2image.metrics.families.propagation import propagate_label
 from cp2image.metrics.families.sorting import sort_pixels
 from cp2image.metrics.families.watershed import flood_watershed, mark_peaks

@@ -5,6 +5,7 @@ import re
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.ndimage import distance_transform_edt
 
 from cp2image.metrics.measurement import measure
 
@@ -45,7 +46,10 @@ def assert_same(found, expected, atol=1e-11):
 @given(draw_cell(), st.integers(1, 27), st.integers(1, 27))
 def test_moving_a_cell_moves_its_locations_and_nothing_else(cell, y, x):
     before, after = measure_cells(*place(cell, 5, 9)), measure_cells(*place(cell, y, x))
-    still = [name for name in before.index if not re.search(STILL, name)]
+    depth = distance_transform_edt(np.pad(cell[0], 1))
+    tied = (depth == depth.max()).sum() > 1  # CellProfiler's choice hangs on the place in the patch
+    moving = f"{STILL}|RadialDistribution_" if tied else STILL
+    still = [name for name in before.index if not re.search(moving, name)]
     assert_same(after[still], before[still])
     for name in before.index:
         if re.search(r"Center_|BoundingBoxM|_Location_(Max|CenterMass)Intensity_[XY]", name):

@@ -11,8 +11,8 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from cp2image.metrics.families.batch import Batch
 from cp2image.kernel import compile_kernel
+from cp2image.metrics.families.batch import Batch
 
 _THRESHOLD = 0.15
 _PER_PAIR = 9

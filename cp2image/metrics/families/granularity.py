@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cp2image.metrics.families.batch import Batch
 from cp2image.kernel import compile_kernel
+from cp2image.metrics.families.batch import Batch
 
 _STEPS = 16
 _RADIUS = 10

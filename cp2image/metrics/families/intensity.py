@@ -1,16 +1,18 @@
 """Intensity and Location: sums, spread, quantiles, edges, centres. Floor 1: numpy, numba.
 
 CellProfiler's MeasureObjectIntensity. Quantiles are CellProfiler's own, at position n * q of the
-sorted pixels. The first of several brightest pixels, row by row, gives ``MaxIntensity_X``, ``_Y``.
-Without any signal the centre of mass and ``MassDisplacement`` are NaN. Locations are pixels of the
-patch from 0 at the top left; the Z columns of a single plane are 0.
+sorted pixels. Of several brightest pixels, the one that CellProfiler's sort of the mask's pixels
+puts last gives ``MaxIntensity_X``, ``_Y`` (see `ties`). Without any signal the centre of mass and
+``MassDisplacement`` are NaN. Locations are pixels of the patch from 0 at the top left; the Z
+columns of a single plane are 0.
 """
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cp2image.metrics.families.batch import Batch
 from cp2image.kernel import compile_kernel
+from cp2image.metrics.families.batch import Batch
+from cp2image.metrics.families.ties import find_last
 
 _INTENSITY = (
     "IntegratedIntensity",
@@ -71,24 +73,27 @@ def measure_location(batch: Batch) -> NDArray[np.float64]:
 def _locate(
     images: NDArray[np.float64], masks: NDArray[np.uint8], values: NDArray[np.float64]
 ) -> None:
+    height, width = masks.shape[2:]
+    levels = np.empty(height * width)
+    pixels = np.empty(height * width, np.int64)
     for n in range(images.shape[0]):
         for k in range(masks.shape[1]):
             for c in range(images.shape[1]):
                 row = values[n, k, c]
-                total, centre, brightest = _find_centre(images[n, c], masks[n, k])
+                total, centre = _find_centre(images[n, c], masks[n, k])
+                brightest = _find_brightest(images[n, c], masks[n, k], levels, pixels)
                 row[0], row[1] = centre[1], centre[0]
                 row[2] = np.nan if total == 0 else 0.0
-                row[3], row[4] = brightest[1], brightest[0]
+                row[3], row[4] = brightest % width, brightest // width
                 row[5] = 0.0
 
 
 @compile_kernel
 def _find_centre(
     image: NDArray[np.float64], mask: NDArray[np.uint8]
-) -> tuple[float, tuple[float, float], tuple[int, int]]:
-    """Return the sum, its centre (row, column) and the first of the brightest pixels."""
+) -> tuple[float, tuple[float, float]]:
+    """Return the sum and its centre (row, column)."""
     total, row_sum, column_sum = 0.0, 0.0, 0.0
-    largest, row, column = -np.inf, 0, 0
     for y in range(mask.shape[0]):
         for x in range(mask.shape[1]):
             if mask[y, x]:
@@ -96,9 +101,34 @@ def _find_centre(
                 total += value
                 row_sum += y * value
                 column_sum += x * value
-                if value > largest:
-                    largest, row, column = value, y, x
-    return total, (row_sum / total, column_sum / total), (row, column)
+    return total, (row_sum / total, column_sum / total)
+
+
+@compile_kernel
+def _find_brightest(
+    image: NDArray[np.float64],
+    mask: NDArray[np.uint8],
+    levels: NDArray[np.float64],
+    pixels: NDArray[np.int64],
+) -> int:
+    """Return the flat index of the brightest pixel, 0 where the mask is empty.
+
+    ``levels`` and ``pixels`` are scratch, shape (height * width,).
+    """
+    flat_image, flat_mask = image.ravel(), mask.ravel()
+    size, best, place, count = 0, -np.inf, 0, 0
+    for i in range(flat_mask.size):
+        if flat_mask[i]:
+            level = flat_image[i]
+            levels[size], pixels[size] = level, i
+            size += 1
+            if level > best:
+                best, place, count = level, i, 1
+            elif level == best:
+                count += 1
+    if count > 1:
+        place = pixels[find_last(levels[:size])]
+    return place
 
 
 @compile_kernel
@@ -126,7 +156,7 @@ def _measure_levels(
                     row[:] = np.nan
                     continue
                 levels = sorted_values[:count]
-                total, centre, _ = _find_centre(image, mask)
+                total, centre = _find_centre(image, mask)
                 mean = total / count
                 spread = 0.0
                 for value in levels:

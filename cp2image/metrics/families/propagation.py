@@ -3,8 +3,8 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from cp2image.metrics.families.heap import pop, push
 from cp2image.kernel import compile_kernel
+from cp2image.metrics.families.heap import pop, push
 
 _DY = (-1, -1, -1, 0, 0, 1, 1, 1)
 _DX = (-1, 0, 1, -1, 1, -1, 0, 1)

@@ -1,19 +1,20 @@
 """RadialDistribution: intensity in four rings from the centre to the edge. Floor 1: numpy, numba.
 
 CellProfiler's MeasureObjectIntensityDistribution with scaled bins. The centre is the pixel
-farthest from the mask's edge (the patch's border is no edge), the first one row by row of several
-at the same distance; CellProfiler leaves that choice to an unstable sort, so its rings differ in
-such cells. Distances from the centre run through the mask, in steps of 1 and sqrt(2); parts of
-the mask that cannot be reached from the centre do not count. FracAtD and MeanFrac of an object
-without signal are NaN, RadialCV is 0.
+farthest from the mask's edge (the patch's border is no edge); of several at the same distance, the
+one that CellProfiler's sort of the whole patch puts last (see `ties`): there the rings change with
+the cell's place in the patch. Distances from the centre run through the mask, in steps of 1 and
+sqrt(2); parts of the mask that cannot be reached from the centre do not count. FracAtD and MeanFrac
+of an object without signal are NaN, RadialCV is 0.
 """
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cp2image.kernel import compile_kernel
 from cp2image.metrics.families.batch import Batch
 from cp2image.metrics.families.distance import measure_squared_distance
-from cp2image.kernel import compile_kernel
+from cp2image.metrics.families.ties import find_last
 
 _FEATURES = ("FracAtD", "MeanFrac", "RadialCV")
 _BINS = 4
@@ -64,12 +65,16 @@ def _measure_rings(
 
 @compile_kernel
 def _find_centre(squared: NDArray[np.int64]) -> tuple[int, int]:
-    best, row, column = 0, 0, 0
-    for y in range(squared.shape[0]):
-        for x in range(squared.shape[1]):
-            if squared[y, x] > best:
-                best, row, column = squared[y, x], y, x
-    return row, column
+    levels = squared.ravel()
+    best, place, count = 0, 0, 0
+    for i in range(levels.size):
+        if levels[i] > best:
+            best, place, count = levels[i], i, 1
+        elif levels[i] == best:
+            count += 1
+    if best > 0 and count > 1:
+        place = find_last(levels)
+    return place // squared.shape[1], place % squared.shape[1]
 
 
 @compile_kernel

@@ -9,9 +9,9 @@ import numpy as np
 from centrosome.cpmorphology import feret_diameter
 from numpy.typing import NDArray
 
+from cp2image.kernel import compile_kernel
 from cp2image.metrics.families.batch import Batch
 from cp2image.metrics.families.distance import measure_squared_distance
-from cp2image.kernel import compile_kernel
 
 _SIZES = (
     "Area",

@@ -12,8 +12,8 @@ integers, so that variances do not lose digits.
 import numpy as np
 from numpy.typing import NDArray
 
-from cp2image.metrics.families.batch import Batch
 from cp2image.kernel import compile_kernel
+from cp2image.metrics.families.batch import Batch
 
 _FEATURES = (
     "AngularSecondMoment",

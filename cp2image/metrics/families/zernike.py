@@ -11,8 +11,8 @@ from math import factorial
 import numpy as np
 from numpy.typing import NDArray
 
-from cp2image.metrics.families.batch import Batch
 from cp2image.kernel import compile_kernel, compile_reduction
+from cp2image.metrics.families.batch import Batch
 
 _BLOCK = 128
 ORDERS = tuple((n, m) for n in range(10) for m in range(n % 2, n + 1, 2))
