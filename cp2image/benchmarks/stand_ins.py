@@ -12,7 +12,7 @@ from cp2image.benchmarks.patches import Patches
 from cp2image.checkpoint import ModelCard, save_checkpoint
 from cp2image.data.intensity import Intensity
 from cp2image.data.scaling import Scaling
-from cp2image.data.schema import PatchFormat, build_table, to_parquet
+from cp2image.data.schema import ROW_GROUP, PatchFormat, build_table, to_parquet
 from cp2image.data.splits import Splits
 from cp2image.dataset import Manifest, Part, manifest_uri, plate_folder
 from cp2image.metrics.measurement import feature_names
@@ -24,7 +24,7 @@ WELLS = 96
 
 
 def publish_cells(
-    patches: Patches, folder: str, count: int, *, plates: int = 1, part_size: int = 1024
+    patches: Patches, folder: str, count: int, *, plates: int = 1, part_size: int = ROW_GROUP
 ) -> str:
     """Publish ``count`` cells with all features that `measure` gives; return the dataset's URI."""
     uri = join(folder, "cells")
