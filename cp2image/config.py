@@ -269,7 +269,7 @@ class Evaluate(Section):
 class Benchmark(Section):
     """Speed beside what a user would otherwise write (`cp2image.benchmarks`)."""
 
-    which: Annotated[list[Literal["measure"]], Field(min_length=1)] = ["measure"]
+    which: Annotated[list[Literal["measure", "evaluate"]], Field(min_length=1)] = ["measure"]
     output: str = ""
     patches: Positive = 96
     """Patches that both ways work on; the plain way takes a tenth of a second for each."""
@@ -280,6 +280,8 @@ class Benchmark(Section):
         50_000,
     ]
     """Numbers of patches over which growth is shown; the largest takes 60 kB of memory each."""
+    evaluated_cells: Positive = 10_000
+    """Real cells of the evaluation that is timed, and as many generated ones."""
 
 
 class Tracking(Section):

@@ -33,6 +33,7 @@ from cp2image.metrics.correlation import (
 )
 from cp2image.metrics.embedding import CellProfilerEmbedding
 from cp2image.metrics.frechet import Moments, frechet_distance, kernel_distance
+from cp2image.stopwatch import Stopwatch
 from cp2image.storage import join, write_bytes
 from cp2image.tracking import record, tracking_uri
 
@@ -79,8 +80,15 @@ class Report:
         return "\n".join(lines)
 
 
-def evaluate(config: Config) -> Report:
+def evaluate(config: Config, watch: Stopwatch | None = None) -> Report:
     """Compare ``evaluate.generated`` with the real cells it was drawn for; publish a report.
+
+    Parameters
+    ----------
+    config
+        The experiment.
+    watch
+        Is told how long each part takes, as ``seconds`` of ``report.json`` is.
 
     Raises
     ------
@@ -90,19 +98,25 @@ def evaluate(config: Config) -> Report:
         If the sets share no cells, or are too small for an embedding.
     """
     settings = config.evaluate
-    real, generated = open_dataset(settings.real), open_dataset(settings.generated)
-    model = load_model(settings.checkpoint, store=tracking_uri(config))
+    watch = watch or Stopwatch()
+    with watch.part("loading the model"):
+        real, generated = open_dataset(settings.real), open_dataset(settings.generated)
+        model = load_model(settings.checkpoint, store=tracking_uri(config))
     if generated.patch_format.channels != real.patch_format.channels:
         raise EvaluationError(
             f"{settings.generated} has channels {generated.patch_format.channels}, "
             f"{settings.real} has {real.patch_format.channels}; compare like with like"
         )
-    join_cluster(config.cluster)
-    with record(config, "evaluate") as recorder:
-        pairs = _pair(real, generated, model, settings)
+    with watch.part("joining Ray"):
+        join_cluster(config.cluster)
+    with watch.part("recording in MLflow"), record(config, "evaluate") as recorder:
+        with watch.part("pairing"):
+            pairs = _pair(real, generated, model, settings)
         print(f"evaluate: {len(pairs):,} cells in both sets", flush=True)
-        sets = gather_cells(config, model, real, generated, pairs)
-        report = _report(config, model, sets)
+        with watch.part("moving"):
+            sets = gather_cells(config, model, real, generated, pairs, watch)
+        with watch.part("writing"):
+            report = _report(config, model, sets, watch)
         recorder.metrics(_flat(report))
         recorder.folder(settings.output, "report")
     return report
@@ -143,24 +157,27 @@ def _keyed(dataset: CellDataset, plates: list[str]) -> pd.DataFrame:
     return frame.assign(key=cell_keys(frame))
 
 
-def _report(config: Config, model: Model, sets: EvaluationSet) -> Report:
+def _report(config: Config, model: Model, sets: EvaluationSet, watch: Stopwatch) -> Report:
     settings = config.evaluate
     out = settings.output
     names = list(compared_features(sets.real.measured))
     real, drawn, table = sets.real.measured, sets.generated.measured, sets.real.table
-    tables = {"model": feature_correlation(real, drawn, names)}
-    shared = [name for name in names if name in table]
-    if shared:
-        tables["ceiling"] = feature_correlation(table[shared], real[shared], shared)
-    if sets.shuffled is not None:
-        held = real.iloc[sets.shuffled_rows].reset_index(drop=True)
-        tables["shuffle control"] = feature_correlation(held, sets.shuffled, names)
+    with watch.part("correlation"):
+        tables = {"model": feature_correlation(real, drawn, names)}
+        shared = [name for name in names if name in table]
+        if shared:
+            tables["ceiling"] = feature_correlation(table[shared], real[shared], shared)
+        if sets.shuffled is not None:
+            held = real.iloc[sets.shuffled_rows].reset_index(drop=True)
+            tables["shuffle control"] = feature_correlation(held, sets.shuffled, names)
+        summary = {name: summarise_correlation(found) for name, found in tables.items()}
     groups = (sets.cells[PLATE].astype(str) + "/" + sets.cells[WELL].astype(str)).tolist()
-    summary = {name: summarise_correlation(found) for name, found in tables.items()}
     if len(set(groups)) > 1:
-        interval = bootstrap_correlation(group_moments(real, drawn, groups, names), resamples=200)
+        with watch.part("bootstrap over wells"):
+            parts = group_moments(real, drawn, groups, names)
+            interval = bootstrap_correlation(parts, resamples=200)
         summary["model"]["interval_95_by_well"] = interval.summary
-    distances = _distances(config, sets)
+    distances = _distances(config, sets, watch)
     protocol = {
         "cells": len(sets.cells),
         "plates": sorted(sets.cells[PLATE].astype(str).unique()),
@@ -179,12 +196,18 @@ def _report(config: Config, model: Model, sets: EvaluationSet) -> Report:
         "checkpoint": {"uri": settings.checkpoint, "sha256": model.hash, "steps": model.card.steps},
     }
     report = Report(out, protocol, summary, distances)
+    with watch.part("pictures"):
+        _draw(out, model, sets, tables)
     for name, found in tables.items():
         text = found.sort_values("r", ascending=False).to_csv(index=False)
         write_bytes(join(out, f"correlation_{name.replace(' ', '_')}.csv"), text.encode())
-    _draw(out, model, sets, tables)
     write_bytes(join(out, "_config.yaml"), config.yaml().encode())
-    content = {"protocol": protocol, "correlation": summary, "distances": distances}
+    content = {
+        "protocol": protocol,
+        "correlation": summary,
+        "distances": distances,
+        "seconds": watch.seconds,
+    }
     write_bytes(join(out, "report.json"), json.dumps(content, indent=1, default=str).encode())
     return report
 
@@ -223,30 +246,35 @@ def _spread(cells: pd.DataFrame, count: int) -> NDArray[np.int64]:
     return order.to_numpy()[:count]
 
 
-def _distances(config: Config, sets: EvaluationSet) -> dict[str, Any]:
+def _distances(config: Config, sets: EvaluationSet, watch: Stopwatch) -> dict[str, Any]:
     found: dict[str, Any] = {}
     real, drawn = sets.real.measured, sets.generated.measured
     complete = (real.notna().any(axis=1) & drawn.notna().any(axis=1)).to_numpy()
     for name in config.evaluate.embeddings:
         if name == "cp":
-            embedding = CellProfilerEmbedding.fit(real[complete])
-            vectors = [embedding.embed(part[complete]) for part in (real, drawn)]
+            with watch.part("embedding"):
+                embedding = CellProfilerEmbedding.fit(real[complete])
+                vectors = [embedding.embed(part[complete]) for part in (real, drawn)]
             protocol: dict[str, Any] = dict(embedding.protocol)
         else:
             vectors = [part.embedded[name] for part in (sets.real, sets.generated)]
             protocol = sets.protocols[name]
-        found[name] = {**_compare(*vectors), **protocol}
+        with watch.part("distances"):
+            found[name] = {**_compare(*vectors), **protocol}
     if sets.shuffled is not None and "cp" in found:
-        embedding = CellProfilerEmbedding.fit(real[complete])
-        rows = sets.shuffled_rows
-        sound = sets.shuffled.notna().any(axis=1).to_numpy() & complete[rows]
-        held, plain = real.iloc[rows][sound], drawn.iloc[rows][sound]
-        parts = [Moments.of(embedding.embed(p)) for p in (held, plain, sets.shuffled[sound])]
-        found["cp"]["shuffle_control"] = {
-            "n": int(sound.sum()),
-            "frechet": frechet_distance(parts[0], parts[1], allow_singular=True),
-            "frechet_shuffled": frechet_distance(parts[0], parts[2], allow_singular=True),
-        }
+        with watch.part("embedding"):
+            embedding = CellProfilerEmbedding.fit(real[complete])
+            rows = sets.shuffled_rows
+            sound = sets.shuffled.notna().any(axis=1).to_numpy() & complete[rows]
+            held, plain = real.iloc[rows][sound], drawn.iloc[rows][sound]
+            embedded = [embedding.embed(part) for part in (held, plain, sets.shuffled[sound])]
+        with watch.part("distances"):
+            parts = [Moments.of(part) for part in embedded]
+            found["cp"]["shuffle_control"] = {
+                "n": int(sound.sum()),
+                "frechet": frechet_distance(parts[0], parts[1], allow_singular=True),
+                "frechet_shuffled": frechet_distance(parts[0], parts[2], allow_singular=True),
+            }
     return found
 
 

@@ -1,5 +1,6 @@
 """Gathering both sets of a comparison from the cluster: patches, features, embeddings. Step."""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,8 +20,10 @@ from cp2image.data.schema import PATCH, decode_features, decode_metadata, decode
 from cp2image.dataset import CellDataset, read_range
 from cp2image.metrics.embedding import FilterBank, InceptionEmbedding, quantise
 from cp2image.metrics.measurement import measure
+from cp2image.stopwatch import Stopwatch
 from cp2image.tracking import tracking_uri
 
+WAITING = "starting and awaiting workers"
 _CONTROL_CELLS = 2_000
 _CELLS_PER_TASK = 256
 
@@ -79,7 +82,12 @@ class EvaluationSet:
 
 
 def gather_cells(
-    config: Config, model: Model, real: CellDataset, generated: CellDataset, cells: pd.DataFrame
+    config: Config,
+    model: Model,
+    real: CellDataset,
+    generated: CellDataset,
+    cells: pd.DataFrame,
+    watch: Stopwatch,
 ) -> EvaluationSet:
     """Normalise, measure and embed both sets on the cluster.
 
@@ -93,6 +101,8 @@ def gather_cells(
         The datasets.
     cells
         Metadata of the cells to compare with their ``key``, sorted by it.
+    watch
+        Is told what the workers do.
 
     Returns
     -------
@@ -101,8 +111,8 @@ def gather_cells(
     """
     found = EvaluationSet(
         cells,
-        _gather(config, real, cells, "measure real"),
-        _gather(config, generated, cells, "measure generated"),
+        _gather(config, real, cells, "measure real", watch),
+        _gather(config, generated, cells, "measure generated", watch),
         {name: e.protocol for name, e in _embeddings(config, len(model.channels)).items()},
     )
     if config.evaluate.shuffle_control:
@@ -110,7 +120,7 @@ def gather_cells(
         requested = found.generated.table[list(model.features)].iloc[source].to_numpy()
         plates = cells[PLATE].astype(str).iloc[rows].tolist()
         scaled = model.scaling.apply(requested, plates)
-        found.shuffled = _measure_drawn(config, scaled, cells["key"].to_numpy()[rows])
+        found.shuffled = _measure_drawn(config, scaled, cells["key"].to_numpy()[rows], watch)
         found.shuffled_rows = rows
     return found
 
@@ -137,13 +147,16 @@ def _embeddings(config: Config, channels: int) -> dict[str, Any]:
     return found
 
 
-def _gather(config: Config, dataset: CellDataset, cells: pd.DataFrame, label: str) -> MeasuredCells:
+def _gather(
+    config: Config, dataset: CellDataset, cells: pd.DataFrame, label: str, watch: Stopwatch
+) -> MeasuredCells:
     keys = cells["key"].to_numpy()
     plates = sorted(cells[PLATE].astype(str).unique())
     columns = dataset.features
     units = [{"range": unit} for unit in dataset.ranges(_CELLS_PER_TASK, plates)]
     factory = partial(_Gather, config, dataset.patch_format, dataset.metadata, columns, keys)
-    parts = list(_map(config, factory, units, label, len(keys)))
+    with watch.part(WAITING):
+        parts = list(_map(config, factory, units, label, len(keys), watch))
     found = pa.concat_tables(parts)
     order = np.argsort(found.column("key").to_numpy(), kind="stable")
     found = found.take(pa.array(order)).combine_chunks()
@@ -171,37 +184,47 @@ class _Gather:
     ) -> None:
         self._config, self._format, self._keys = config, patch_format, keys
         self._metadata, self._columns = metadata, columns
-        self._model = load_model(config.evaluate.checkpoint, store=tracking_uri(config))
-        self._embeddings = _embeddings(config, len(patch_format.channels))
+        self._watch = Stopwatch()
+        with self._watch.part("loading the model"):
+            self._model = load_model(config.evaluate.checkpoint, store=tracking_uri(config))
+            self._embeddings = _embeddings(config, len(patch_format.channels))
 
     def __call__(self, item: dict[str, Any]) -> pa.Table:
-        table = read_range(item["range"])
-        metadata = decode_metadata(table)
-        keys = cell_keys(metadata)
-        rows = np.flatnonzero(np.isin(keys, self._keys))
-        if not len(rows):
-            return pa.table({})
-        table, metadata, keys = table.take(pa.array(rows)), metadata.iloc[rows], keys[rows]
-        patches = decode_patches(table, self._format)
-        if self._format.normalisation == "none":
-            plates = metadata[PLATE].astype(str).tolist()
-            patches = self._model.intensity.apply(patches, plates, self._format.full_scale)
-        pixels = quantise(patches)
-        measured = _measure(pixels, self._format.channels, self._config)
-        columns = {
-            "key": pa.array(keys, type=pa.uint64()),
-            "table": _rows(decode_features(table, self._columns)),
-            "measured": _rows(measured.to_numpy(dtype=np.float32)),
-            PATCH: _rows(pixels.reshape(len(pixels), -1)),
-        }
-        for name, embedding in self._embeddings.items():
-            columns[f"embedded_{name}"] = _rows(embedding.embed(pixels))
-        found = pa.table(columns)
-        return found.replace_schema_metadata({"measured": ",".join(measured.columns)})
+        watch = self._watch
+        with watch.part("reading"):
+            table = read_range(item["range"])
+            metadata = decode_metadata(table)
+            keys = cell_keys(metadata)
+            rows = np.flatnonzero(np.isin(keys, self._keys))
+            if not len(rows):
+                return pa.table({})
+            table, metadata, keys = table.take(pa.array(rows)), metadata.iloc[rows], keys[rows]
+            patches = decode_patches(table, self._format)
+            features = decode_features(table, self._columns)
+        with watch.part("normalising"):
+            if self._format.normalisation == "none":
+                plates = metadata[PLATE].astype(str).tolist()
+                patches = self._model.intensity.apply(patches, plates, self._format.full_scale)
+            pixels = quantise(patches)
+        with watch.part("measuring"):
+            measured = _measure(pixels, self._format.channels, self._config)
+        with watch.part("embedding"):
+            embedded = {name: one.embed(pixels) for name, one in self._embeddings.items()}
+        with watch.part("moving"):
+            columns = {
+                "key": pa.array(keys, type=pa.uint64()),
+                "table": _rows(features),
+                "measured": _rows(measured.to_numpy(dtype=np.float32)),
+                PATCH: _rows(pixels.reshape(len(pixels), -1)),
+            }
+            for name, vectors in embedded.items():
+                columns[f"embedded_{name}"] = _rows(vectors)
+            found = pa.table(columns)
+        return _label(found, measured, watch)
 
 
 def _measure_drawn(
-    config: Config, scaled: NDArray[np.float32], keys: NDArray[np.uint64]
+    config: Config, scaled: NDArray[np.float32], keys: NDArray[np.uint64], watch: Stopwatch
 ) -> pd.DataFrame:
     """Draw cells from scaled features on the cluster and measure them."""
     step = _CELLS_PER_TASK
@@ -209,7 +232,9 @@ def _measure_drawn(
         {"scaled": scaled[i : i + step], "keys": keys[i : i + step], "start": i}
         for i in range(0, len(keys), step)
     ]
-    parts = list(_map(config, partial(_Draw, config), units, "shuffle control", len(keys)))
+    factory = partial(_Draw, config)
+    with watch.part(WAITING):
+        parts = list(_map(config, factory, units, "shuffle control", len(keys), watch))
     parts.sort(key=lambda part: part.column("start")[0].as_py())
     found = pa.concat_tables(parts)
     names = found.schema.metadata[b"measured"].decode().split(",")
@@ -221,18 +246,30 @@ class _Draw:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._model = load_model(config.evaluate.checkpoint, store=tracking_uri(config))
+        self._watch = Stopwatch()
+        with self._watch.part("loading the model"):
+            self._model = load_model(config.evaluate.checkpoint, store=tracking_uri(config))
 
     def __call__(self, item: dict[str, Any]) -> pa.Table:
-        pixels = self._model.draw(item["scaled"], item["keys"], self._config.run.seed)
-        measured = _measure(pixels, self._model.channels, self._config)
+        with self._watch.part("control: drawing"):
+            pixels = self._model.draw(item["scaled"], item["keys"], self._config.run.seed)
+        with self._watch.part("control: measuring"):
+            measured = _measure(pixels, self._model.channels, self._config)
         found = pa.table(
             {
                 "start": pa.array([item["start"]] * len(pixels)),
                 "measured": _rows(measured.to_numpy(dtype=np.float32)),
             }
         )
-        return found.replace_schema_metadata({"measured": ",".join(measured.columns)})
+        return _label(found, measured, self._watch)
+
+
+def _label(found: pa.Table, measured: pd.DataFrame, watch: Stopwatch) -> pa.Table:
+    """Note in a worker's table what was measured, and what has taken how long."""
+    seconds = json.dumps(watch.take())
+    return found.replace_schema_metadata(
+        {"measured": ",".join(measured.columns), "seconds": seconds}
+    )
 
 
 def _measure(pixels: NDArray[np.uint8], channels: Sequence[str], config: Config) -> pd.DataFrame:
@@ -270,6 +307,7 @@ def _map(
     units: list[dict[str, Any]],
     label: str,
     cells: int,
+    watch: Stopwatch,
 ) -> Iterator[pa.Table]:
     """Run units on a pool of Ray actors; yield their tables in any order."""
     import ray
@@ -283,6 +321,7 @@ def _map(
         for table in pool.map_unordered(lambda worker, unit: worker.run.remote(unit), units):
             bar.update(table.num_rows)
             if table.num_rows:
+                watch.credit(json.loads(table.schema.metadata[b"seconds"]), size)
                 yield table
 
 

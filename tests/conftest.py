@@ -47,7 +47,7 @@ def run_inline():
             row = worker({"number": number, "unit": json.dumps(asdict(work[number]))})
             yield publication.UnitRecord(**json.loads(row["record"]))
 
-    def gather(config, factory, units, label, cells):
+    def gather(config, factory, units, label, cells, watch):
         work = factory()
         return [table for table in map(work, reversed(units)) if table.num_rows]
 

@@ -40,5 +40,11 @@ def _find(name: str, config: Config) -> Findings:
             from cp2image.benchmarks.measuring import benchmark_measure
 
             return benchmark_measure(config)
+        case "evaluate":
+            from cp2image.benchmarks.evaluating import benchmark_evaluate
+
+            return benchmark_evaluate(config)
         case _:
-            raise ConfigError(f"benchmark.which: no benchmark {name!r}; there is: measure")
+            raise ConfigError(
+                f"benchmark.which: no benchmark {name!r}; there is: measure, evaluate"
+            )
