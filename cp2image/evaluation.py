@@ -114,7 +114,9 @@ def evaluate(config: Config, watch: Stopwatch | None = None) -> Report:
             pairs = _pair(real, generated, model, settings)
         print(f"evaluate: {len(pairs):,} cells in both sets", flush=True)
         with watch.part("moving"):
-            sets = gather_cells(config, model, real, generated, pairs, watch)
+            sets = gather_cells(
+                config, model, real, generated, pairs, _spread(pairs, _SHOWN), watch
+            )
         with watch.part("writing"):
             report = _report(config, model, sets, watch)
         recorder.metrics(_flat(report))
@@ -223,18 +225,15 @@ def _draw(out: str, model: Model, sets: EvaluationSet, tables: dict[str, pd.Data
     best = best_features(sets.real.measured, sets.generated.measured, tables["model"])
     save(best, join(out, "best_features.png"))
     save(correlation_boxes(tables["model"]), join(out, "correlation_by_category.png"))
-    shown = _spread(sets.cells, _SHOWN)
     titles = None
     if COMPOUND in sets.cells:
-        part = sets.cells.iloc[shown]
+        part = sets.cells.iloc[sets.shown]
         dose = part[CONCENTRATION] if CONCENTRATION in part else [""] * len(part)
         titles = [
             f"{c} {d:g}" if isinstance(d, float) and d else f"{c}"
             for c, d in zip(part[COMPOUND], dose, strict=True)
         ]
-    figure = figure_pairs(
-        sets.real.patches[shown], sets.generated.patches[shown], model.channels, titles=titles
-    )
+    figure = figure_pairs(sets.real.patches, sets.generated.patches, model.channels, titles=titles)
     save(figure, join(out, "cells.png"))
 
 
@@ -248,32 +247,38 @@ def _spread(cells: pd.DataFrame, count: int) -> NDArray[np.int64]:
 
 def _distances(config: Config, sets: EvaluationSet, watch: Stopwatch) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    real, drawn = sets.real.measured, sets.generated.measured
-    complete = (real.notna().any(axis=1) & drawn.notna().any(axis=1)).to_numpy()
     for name in config.evaluate.embeddings:
         if name == "cp":
-            with watch.part("embedding"):
-                embedding = CellProfilerEmbedding.fit(real[complete])
-                vectors = [embedding.embed(part[complete]) for part in (real, drawn)]
-            protocol: dict[str, Any] = dict(embedding.protocol)
+            found[name] = _cp_distances(sets, watch)
         else:
-            vectors = [part.embedded[name] for part in (sets.real, sets.generated)]
-            protocol = sets.protocols[name]
-        with watch.part("distances"):
-            found[name] = {**_compare(*vectors), **protocol}
-    if sets.shuffled is not None and "cp" in found:
+            with watch.part("distances"):
+                vectors = [part.embedded[name] for part in (sets.real, sets.generated)]
+                found[name] = {**_compare(*vectors), **sets.protocols[name]}
+    return found
+
+
+def _cp_distances(sets: EvaluationSet, watch: Stopwatch) -> dict[str, Any]:
+    """Distances in measured features, of the cells in both of whose patches a nucleus was found."""
+    real, drawn = sets.real.measured, sets.generated.measured
+    complete = (real.notna().any(axis=1) & drawn.notna().any(axis=1)).to_numpy()
+    with watch.part("embedding"):
+        embedding = CellProfilerEmbedding.fit(real[complete])
+        vectors = [embedding.embed(part[complete]) for part in (real, drawn)]
+    with watch.part("distances"):
+        found = {**_compare(*vectors), **embedding.protocol}
+    if sets.shuffled is not None:
+        sound = sets.shuffled.notna().any(axis=1).to_numpy() & complete[sets.shuffled_rows]
+        places = (np.cumsum(complete) - 1)[sets.shuffled_rows[sound]]
         with watch.part("embedding"):
-            embedding = CellProfilerEmbedding.fit(real[complete])
-            rows = sets.shuffled_rows
-            sound = sets.shuffled.notna().any(axis=1).to_numpy() & complete[rows]
-            held, plain = real.iloc[rows][sound], drawn.iloc[rows][sound]
-            embedded = [embedding.embed(part) for part in (held, plain, sets.shuffled[sound])]
+            shuffled = embedding.embed(sets.shuffled[sound])
         with watch.part("distances"):
-            parts = [Moments.of(part) for part in embedded]
-            found["cp"]["shuffle_control"] = {
+            held, plain, control = (
+                Moments.of(part) for part in (vectors[0][places], vectors[1][places], shuffled)
+            )
+            found["shuffle_control"] = {
                 "n": int(sound.sum()),
-                "frechet": frechet_distance(parts[0], parts[1], allow_singular=True),
-                "frechet_shuffled": frechet_distance(parts[0], parts[2], allow_singular=True),
+                "frechet": frechet_distance(held, plain, allow_singular=True),
+                "frechet_shuffled": frechet_distance(held, control, allow_singular=True),
             }
     return found
 

@@ -49,7 +49,8 @@ def bootstrap_plain(
     real: pd.DataFrame, drawn: pd.DataFrame, wells: Sequence[str], resamples: int
 ) -> tuple[float, float]:
     """Return the 95 % interval of the mean r when whole wells are drawn with replacement."""
-    rows = list(pd.Series(wells).groupby(wells).indices.values())
+    names = pd.Series(list(wells))
+    rows = list(names.groupby(names).indices.values())
     random = np.random.default_rng(0)
     means = []
     for _ in range(resamples):
