@@ -129,9 +129,10 @@ class Model:
         Parameters
         ----------
         profiles
-            A DataFrame or Arrow table with the model's features (in any order, in CellProfiler's own units) and,
-            if known, ``Metadata_Plate`` (its scaling is used) and the other identity columns (they
-            seed a cell's noise); or an array (N, p) of the features in order.
+            A DataFrame or Arrow table with the model's features (in any order, in CellProfiler's
+            own units) and, if known, ``Metadata_Plate`` (its scaling is used) and the other
+            identity columns (they seed a cell's noise); or an array (N, p) of the features in
+            order.
         seed
             Another seed is another draw; the published model has no noise and ignores it.
 

@@ -69,7 +69,8 @@ class Cluster(Section):
     cpus_per_task: Amount = 1.0
     tasks: Positive | None = None
     """Most tasks or actors at once; None: as many as the CPUs allow."""
-    cells_per_task: Positive = 1024
+    cells_per_task: Positive = 2048
+    """Cells of a unit of work and of retry; a task holds some 150 kB of memory for each."""
     retries: Count = 2
     """Further attempts at a block of cells that failed, before its plate is given up."""
 
@@ -269,7 +270,9 @@ class Evaluate(Section):
 class Benchmark(Section):
     """Speed beside what a user would otherwise write (`cp2image.benchmarks`)."""
 
-    which: Annotated[list[Literal["measure", "evaluate"]], Field(min_length=1)] = ["measure"]
+    which: Annotated[
+        list[Literal["measure", "generate", "train", "input", "evaluate"]], Field(min_length=1)
+    ] = ["measure"]
     output: str = ""
     patches: Positive = 96
     """Patches that both ways work on; the plain way takes a tenth of a second for each."""
@@ -280,6 +283,19 @@ class Benchmark(Section):
         50_000,
     ]
     """Numbers of patches over which growth is shown; the largest takes 60 kB of memory each."""
+    drawn: Positive = 416
+    """Cells that both generators draw."""
+    plate_cells: Annotated[Positive, Field(ge=4096)] = 61_440
+    """Cells of the plate that the whole generation job draws; 35 kB of disk each."""
+    jobs: Positive = 3
+    """How often the whole generation job is run."""
+    batch: Positive = 104
+    """Cells of a training step; the plain script needs about 3 MB for each."""
+    followed_steps: Positive = 200
+    followed_batch: Positive = 13
+    """Steps and cells over which the losses of both ways are compared."""
+    read_cells: Annotated[Positive, Field(ge=208)] = 16_384
+    """Cells that are read from a dataset and from one file each; 60 kB of disk each."""
     evaluated_cells: Positive = 10_000
     """Real cells of the evaluation that is timed, and as many generated ones."""
 

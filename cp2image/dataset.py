@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cp2image.columns import METADATA, nearest
-from cp2image.data.schema import PATCH, PatchFormat
+from cp2image.data.schema import PATCH, ROW_GROUP, PatchFormat
 from cp2image.errors import DatasetError
 from cp2image.storage import exists, filesystem, join, list_files, read_bytes
 
@@ -176,8 +176,8 @@ class CellDataset:
     def read(
         self, columns: Sequence[str] | None = None, plates: Sequence[str] | None = None
     ) -> Iterator[pa.Table]:
-        """Yield the plates' cells file by file, never more than 1,024 rows at once."""
-        for cells in self.ranges(1024, plates):
+        """Yield the plates' cells file by file, a row group at a time."""
+        for cells in self.ranges(ROW_GROUP, plates):
             yield read_range(cells, columns)
 
 

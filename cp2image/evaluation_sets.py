@@ -18,6 +18,7 @@ from cp2image.config import Config
 from cp2image.data.identity import cell_keys
 from cp2image.data.schema import (
     PATCH,
+    ROW_GROUP,
     PatchFormat,
     decode_features,
     decode_metadata,
@@ -31,6 +32,7 @@ from cp2image.tracking import tracking_uri
 
 _CONTROL_CELLS = 2_000
 _CELLS_PER_TASK = 256
+"""Fewest cells of a unit, where there are that many."""
 
 
 @dataclass
@@ -128,13 +130,14 @@ def gather_cells(
         _Source(dataset.patch_format, dataset.metadata, columns, keys, keys[shown])
         for dataset, columns in wanted
     ]
+    total = 2 * len(keys)
+    workers = _Workers(config, partial(_Work, config, sources), -(-total // _CELLS_PER_TASK))
     units = [
         _Unit(number, unit)
         for number, (dataset, _) in enumerate(wanted)
-        for unit in dataset.ranges(_CELLS_PER_TASK, plates)
+        for unit in dataset.ranges(_unit_size(total, workers.size), plates)
     ]
-    workers = _Workers(config, partial(_Work, config, sources), len(units))
-    parts = workers.map(units, "measure", 2 * len(keys), watch)
+    parts = workers.map(units, "measure", total, watch)
     seen, drawn = (_assemble(parts, number, source) for number, source in enumerate(sources))
     protocols = {name: e.protocol for name, e in _embeddings(config, len(model.channels)).items()}
     found = EvaluationSet(cells, shown, seen, drawn, protocols)
@@ -147,6 +150,17 @@ def gather_cells(
         parts = workers.map(redraws, "shuffle control", len(rows), watch)
         found.shuffled, found.shuffled_rows = _assemble_drawn(parts), rows
     return found
+
+
+def _unit_size(cells: int, workers: int) -> int:
+    """Return the most cells of a unit: a row group, which each of its units reads, or its 2ⁿ-th.
+
+    It leaves each worker eight units, so that all end at about the same time.
+    """
+    size = ROW_GROUP
+    while size > _CELLS_PER_TASK and 8 * workers * size > cells:
+        size //= 2
+    return size
 
 
 def _permute(cells: pd.DataFrame) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -334,14 +348,17 @@ def _matrix(table: pa.Table, name: str, dtype: Any = np.float32) -> NDArray[Any]
 class _Workers:
     """A pool of Ray actors that are started once and do all units of an evaluation."""
 
-    def __init__(self, config: Config, factory: Callable[[], _Work], units: int) -> None:
+    def __init__(self, config: Config, factory: Callable[[], _Work], most: int) -> None:
         import ray
 
         cluster = config.cluster
         room = int(ray.cluster_resources().get("CPU", 1) // cluster.cpus_per_task)
-        self._size = max(1, min(cluster.tasks or room, room, units))
-        actor = ray.remote(num_cpus=cluster.cpus_per_task, max_restarts=3, max_task_retries=3)
-        self._actors = [actor(_Actor).remote(factory) for _ in range(self._size)]
+        self.size = max(1, min(cluster.tasks or room, room, most))
+        self._factory = ray.put(factory)  # not an argument of the constructor: it outlives restarts
+        actor = ray.remote(num_cpus=cluster.cpus_per_task, max_restarts=3, max_task_retries=3)(
+            _Actor
+        )
+        self._actors = [actor.remote() for _ in range(self.size)]
 
     def map(
         self, units: Sequence[_Unit | _Redraw], label: str, cells: int, watch: Stopwatch
@@ -349,23 +366,26 @@ class _Workers:
         """Do the units; return their tables in any order, without those that met no cell."""
         import ray
 
-        pool = ray.util.ActorPool(self._actors)
-        found = []
+        pool, found = ray.util.ActorPool(self._actors), []
         with (
             watch.part("starting and awaiting workers"),
             tqdm(total=cells, desc=label, unit=" cells", mininterval=1) as bar,
         ):
-            for table in pool.map_unordered(lambda worker, unit: worker.run.remote(unit), units):
+            for table in pool.map_unordered(
+                lambda worker, unit: worker.run.remote(self._factory, unit), units
+            ):
                 bar.update(table.num_rows)
                 if table.num_rows:
-                    watch.credit(_about(table)["seconds"], self._size)
+                    watch.credit(_about(table)["seconds"], self.size)
                     found.append(table)
         return found
 
 
 class _Actor:
-    def __init__(self, factory: Callable[[], _Work]) -> None:
-        self._work = factory()
+    def __init__(self) -> None:
+        self._work: _Work | None = None
 
-    def run(self, unit: _Unit | _Redraw) -> pa.Table:
+    def run(self, factory: Callable[[], _Work], unit: _Unit | _Redraw) -> pa.Table:
+        if self._work is None:
+            self._work = factory()
         return self._work(unit)

@@ -12,28 +12,28 @@ import pandas as pd
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from cp2image.checkpoint import Model, load_model, load_scaling, save_scaling
+from cp2image.checkpoint import Model, load_model, save_scaling
 from cp2image.cluster import join_cluster
 from cp2image.columns import COMPOUND, METADATA, MOA, WELL, require_columns
 from cp2image.config import Config
 from cp2image.data.identity import cell_keys
 from cp2image.data.scaling import KeyedSample, Scaling, is_control
-from cp2image.data.schema import PATCH, build_table, decode_metadata, decode_patches
+from cp2image.data.schema import PATCH, ROW_GROUP, decode_metadata, decode_patches
 from cp2image.data.tables import open_table
 from cp2image.dataset import (
     CellDataset,
     CellRange,
-    columns_of,
     open_dataset,
     plate_folder,
     read_manifests,
     read_range,
 )
+from cp2image.drawing import Draw
 from cp2image.errors import ColumnError
 from cp2image.figures.canvas import save
 from cp2image.figures.patches import colour_patches
 from cp2image.figures.plates import plate_overview
-from cp2image.publication import Outcome, Publication, publish
+from cp2image.publication import Publication, publish
 from cp2image.staging import STAGING, stage_plate
 from cp2image.storage import delete_tree, join
 from cp2image.tracking import record, tracking_uri
@@ -67,7 +67,7 @@ def generate(config: Config) -> Publication:
             result = publish(
                 settings.output,
                 wanted.units,
-                partial(_Generate, config, place),
+                partial(Draw, config, place),
                 config,
                 mark,
                 label="generate",
@@ -162,36 +162,6 @@ def _with_controls(scaling: Scaling, plate: str, sample: KeyedSample) -> Scaling
     return scaling.with_plate(plate, sample.values)
 
 
-class _Generate:
-    """Draws one range of cells; loads the model once per actor."""
-
-    def __init__(self, config: Config, scaling: str) -> None:
-        import torch
-
-        settings = config.generate
-        if not settings.gpu:
-            torch.set_num_threads(max(1, int(config.cluster.cpus_per_task)))
-        device, store = "cuda" if settings.gpu else "cpu", tracking_uri(config)
-        self._model = load_model(settings.checkpoint, device, store, bf16=settings.bf16)
-        self._model.scaling = load_scaling(scaling)
-        self._split, self._seed = settings.split, config.run.seed
-
-    def __call__(self, unit: CellRange) -> Outcome:
-        names = list(self._model.features)
-        metadata = [name for name in columns_of(unit) if name.startswith(METADATA)]
-        table = read_range(unit, [*metadata, *names])
-        cells = decode_metadata(table)
-        dropped: dict[str, int] = {}
-        if self._split != "all":
-            wanted = self._model.splits.of(cells) == self._split
-            if not wanted.all():
-                dropped[f"not_{self._split}"] = int(np.count_nonzero(~wanted))
-                table, cells = table.filter(pa.array(wanted)), decode_metadata(table)[wanted]
-        patches = self._model.generate(table, self._seed)
-        features = table.select(names)
-        return Outcome(build_table(cells, features, patches, self._model.patch_format), dropped)
-
-
 def draw_plates(uri: str, channels: Sequence[str], plates: Sequence[str]) -> str:
     """Draw each plate with one generated cell per well; return the folder of the pictures."""
     dataset = open_dataset(uri)
@@ -217,7 +187,7 @@ def _first_of_wells(dataset: CellDataset, plate: str) -> tuple[pd.DataFrame, NDA
     rows: list[pd.DataFrame] = []
     patches: list[NDArray[Any]] = []
     seen: set[str] = set()
-    for cells in dataset.ranges(1024, [plate]):
+    for cells in dataset.ranges(ROW_GROUP, [plate]):
         metadata = decode_metadata(read_range(cells, wanted))
         first = metadata[~metadata[WELL].isin(seen)].drop_duplicates(WELL)
         if len(first):

@@ -7,15 +7,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
-from cp2image.columns import measurements
+from cp2image.columns import IDENTITY, measurements
 from cp2image.config import Config
 from cp2image.data.identity import cell_keys, treatment_names
 from cp2image.data.intensity import Intensity, IntensityFit
 from cp2image.data.scaling import KeyedSample, Scaling, ScalingFit, is_control
 from cp2image.data.schema import PATCH, decode_features, decode_metadata, decode_patches
 from cp2image.data.selection import FeatureStatistics, Selection, select_features
-from cp2image.data.splits import Splits, fit_splits
+from cp2image.data.splits import SPLITS, TRAIN, Splits, fit_splits
 from cp2image.dataset import CellDataset
 from cp2image.errors import DatasetError
 
@@ -35,6 +36,8 @@ class Preparation:
         Names of the treatments in the training split, sorted.
     counts
         Cells per split.
+    keys
+        Split → its cells' keys, sorted: which cells train and validate, 8 bytes each.
     """
 
     splits: Splits
@@ -43,6 +46,7 @@ class Preparation:
     intensity: Intensity
     treatments: tuple[str, ...]
     counts: dict[str, int]
+    keys: dict[str, NDArray[np.uint64]]
 
 
 def measured_features(dataset: CellDataset) -> list[str]:
@@ -71,7 +75,7 @@ def prepare_profiles(dataset: CellDataset, config: Config) -> Preparation:
         If the dataset has no measurements or no cell is left to train on.
     """
     names = measured_features(dataset)
-    splits, treatments, counts = _split(dataset, config)
+    splits, treatments, known = _split(dataset, config)
     statistics = FeatureStatistics(len(names))
     fit = ScalingFit(names, config.scaling)
     held_out: dict[str, KeyedSample] = {}
@@ -106,17 +110,28 @@ def prepare_profiles(dataset: CellDataset, config: Config) -> Preparation:
         notes=tuple(note for note in scaling.notes if not note.startswith(gone)),
     )
     intensity = _fit_intensity(dataset, splits, config.train.normalisation)
-    return Preparation(splits, selection, scaling, intensity, treatments, counts)
+    counts = {part: len(keys) for part, keys in known.items() if len(keys)}
+    return Preparation(splits, selection, scaling, intensity, treatments, counts, known)
 
 
-def _split(dataset: CellDataset, config: Config) -> tuple[Splits, tuple[str, ...], dict[str, int]]:
+def _split(
+    dataset: CellDataset, config: Config
+) -> tuple[Splits, tuple[str, ...], dict[str, NDArray[np.uint64]]]:
     frames = [decode_metadata(table) for table in dataset.read(dataset.metadata)]
     metadata = pd.concat(frames, ignore_index=True)
     splits = fit_splits(metadata, config.split, config.run.seed)
     parts = splits.of(metadata)
-    names, counts = np.unique(parts.astype(str), return_counts=True)
-    treatments = np.unique(treatment_names(metadata[parts == "train"]).astype(str))
-    return splits, tuple(treatments), dict(zip(names.tolist(), counts.tolist(), strict=True))
+    treatments = np.unique(treatment_names(metadata[parts == TRAIN]).astype(str))
+    keys = cell_keys(metadata)
+    doubled = pd.Series(keys).duplicated()
+    if doubled.any():
+        first = metadata.loc[doubled.to_numpy()].iloc[0]
+        identity = {name: first[name] for name in IDENTITY if name in first}
+        raise DatasetError(
+            f"{dataset.uri}: {doubled.sum():,} cells have the identity of another, such as "
+            f"{identity}; publish it again from a table in which every cell is once"
+        )
+    return splits, tuple(treatments), {n: np.sort(keys[parts == n]) for n in SPLITS}
 
 
 def _fit_intensity(dataset: CellDataset, splits: Splits, kind: str) -> Intensity:

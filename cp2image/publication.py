@@ -322,7 +322,7 @@ def _map(
             _Worker,
             fn_constructor_args=(factory, job.folder),
             compute=ray.data.ActorPoolStrategy(
-                min_size=1, max_size=size, max_tasks_in_flight_per_actor=2
+                min_size=1, initial_size=size, max_size=size, max_tasks_in_flight_per_actor=2
             ),
             num_cpus=cluster.cpus_per_task,
             num_gpus=job.gpus or None,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pandas as pd
 import pyarrow as pa
 
-from cp2image.data.schema import to_parquet
+from cp2image.data.schema import ROW_GROUP, to_parquet
 from cp2image.dataset import CellRange, plate_folder
 from cp2image.storage import join, write_bytes
 
@@ -44,7 +44,7 @@ def stage_plate(
         cells = cells.sort_values(list(together), kind="stable", ignore_index=True)
     uri = join(folder, f"{plate_folder(plate)}.parquet")
     table = pa.Table.from_pandas(cells, preserve_index=False).replace_schema_metadata(None)
-    write_bytes(uri, to_parquet(table, row_group=max(1, min(size, 1024))))
+    write_bytes(uri, to_parquet(table, row_group=max(1, min(size, ROW_GROUP))))
     if together:
         groups = cells.groupby(list(together), sort=False, dropna=False).size().tolist()
     else:

@@ -10,10 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from cp2image.columns import PLATE
 from cp2image.config import Config, local_folder
@@ -21,6 +20,9 @@ from cp2image.data.schema import PatchFormat
 from cp2image.errors import StorageError
 from cp2image.mlflow_store import mlflow_store
 from cp2image.storage import list_files, name_of, read_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Recorder(Protocol):
@@ -31,7 +33,7 @@ class Recorder(Protocol):
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Record numbers."""
 
-    def picture(self, figure: Figure, name: str) -> None:
+    def picture(self, figure: "Figure", name: str) -> None:
         """Record a picture under ``name`` (with .png)."""
 
     def folder(self, uri: str, name: str) -> None:
@@ -46,7 +48,7 @@ class NoRecorder:
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Do nothing."""
 
-    def picture(self, figure: Figure, name: str) -> None:
+    def picture(self, figure: "Figure", name: str) -> None:
         """Do nothing."""
 
     def folder(self, uri: str, name: str) -> None:
@@ -77,7 +79,7 @@ class MlflowRecorder:
         for start in range(0, len(batch), 900):
             self._client().log_batch(self.run_id, metrics=batch[start : start + 900])
 
-    def picture(self, figure: Figure, name: str) -> None:
+    def picture(self, figure: "Figure", name: str) -> None:
         """Record a picture."""
         self._client().log_figure(self.run_id, figure, name)
 

@@ -238,16 +238,7 @@ def _fit(plan: TrainingPlan, dataset: CellDataset) -> None:
     if settings.gpu:
         resources["GPU"] = 1.0
     threads = settings.threads or max(1, int(cpus // settings.workers))
-    ranges = dataset.ranges(plan.config.cluster.cells_per_task)
-    rows = ray.data.from_items(
-        [{"id": i} for i in range(len(ranges))], override_num_blocks=len(ranges)
-    )
-    cells = rows.map_batches(
-        TrainingRead(ranges, plan.preparation),
-        batch_size=1,
-        num_cpus=_READ_CPUS,
-        compute=TaskPoolStrategy(size=2),
-    )
+    cells = read_cells(dataset, plan.preparation, plan.config)
     with _scratch(settings.output) as (files, path):
         trainer = TorchTrainer(
             run_worker,
@@ -269,6 +260,20 @@ def _fit(plan: TrainingPlan, dataset: CellDataset) -> None:
             trainer.fit()
         except TrainingFailedError as error:
             raise TrainingError(f"training stopped: {_cause(error)}") from error
+
+
+def read_cells(dataset: CellDataset, preparation: Preparation, config: Config) -> ray.data.Dataset:
+    """Return the cells to train and validate on as Ray Data reads them, see `TrainingRead`."""
+    ranges = dataset.ranges(config.cluster.cells_per_task)
+    rows = ray.data.from_items(
+        [{"id": i} for i in range(len(ranges))], override_num_blocks=len(ranges)
+    )
+    return rows.map_batches(
+        TrainingRead(ranges, preparation),
+        batch_size=1,
+        num_cpus=_READ_CPUS,
+        compute=TaskPoolStrategy(size=2),
+    )
 
 
 def _cause(error: TrainingFailedError) -> str:

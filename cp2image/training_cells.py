@@ -20,6 +20,7 @@ from cp2image.data.schema import (
     decode_metadata,
     decode_patches,
 )
+from cp2image.data.splits import TRAIN, VALIDATION
 from cp2image.dataset import CellRange, read_range
 from cp2image.errors import TrainingError
 from cp2image.kernel import compile_kernel
@@ -46,14 +47,14 @@ class TrainingRead:
         found = pa.table(
             {
                 "key": pa.array(cell_keys(metadata), type=pa.uint64()),
-                "split": pa.array(self._preparation.splits.of(metadata).tolist(), pa.string()),
                 "treatment": pa.array(treatment_names(metadata).tolist(), pa.string()),
                 "plate": pa.array(plates, pa.string()),
                 "features": pa.FixedSizeListArray.from_arrays(scaled.ravel(), scaled.shape[1]),
                 PATCH: table.column(PATCH),
             }
         )
-        return found.filter(pa.compute.is_in(found["split"], pa.array(["train", "validation"])))
+        wanted = np.isin(self._preparation.splits.of(metadata).astype(str), (TRAIN, VALIDATION))
+        return found if wanted.all() else found.filter(pa.array(wanted))
 
 
 @dataclass(frozen=True)
@@ -144,52 +145,74 @@ def load_cells(
     TrainingError
         If this worker gets no cells.
     """
-    train: list[pa.Table] = []
-    validation: list[pa.Table] = []
-    for table in tables:
-        keys = table.column("key").to_numpy()
-        trains = pa.compute.equal(table["split"], "train").to_numpy()
-        train.append(table.filter(pa.array(trains & (keys % np.uint64(world) == rank))))
-        validation.append(table.filter(pa.array(~trains & (rank == 0))))
-        if sum(part.num_rows for part in validation) > 4 * validation_cells:
-            validation = [_smallest_keys(validation, validation_cells)]
-    if not sum(part.num_rows for part in train):
+    known = preparation.keys[TRAIN]
+    mine = known[known % np.uint64(world) == rank]
+    if not len(mine):
         raise TrainingError(
             f"worker {rank} of {world} has no training cells; use fewer workers "
             "(train.workers) or more data"
         )
-    held_out = [_smallest_keys(validation, validation_cells)]
-    return _arrays(train, preparation, patch_format), _arrays(held_out, preparation, patch_format)
+    held_out = preparation.keys[VALIDATION][: validation_cells if rank == 0 else 0]
+    parts = [_Gathering(keys, preparation, patch_format) for keys in (mine, held_out)]
+    for table in tables:
+        for part in parts:
+            part.add(table)
+    train, validation = (part.finish() for part in parts)
+    return train, validation
 
 
-def _smallest_keys(parts: list[pa.Table], limit: int) -> pa.Table:
-    table = pa.concat_tables(parts)
-    order = np.argsort(table.column("key").to_numpy(), kind="stable")
-    return table.take(pa.array(order[:limit]))
+class _Gathering:
+    """Puts cells where their keys say, as they come."""
 
+    def __init__(
+        self, keys: NDArray[np.uint64], preparation: Preparation, patch_format: PatchFormat
+    ) -> None:
+        self._keys, self._format, self._intensity = keys, patch_format, preparation.intensity
+        self._numbers = {name: i for i, name in enumerate(preparation.treatments)}
+        limits = (len(keys), len(patch_format.channels))
+        self._cells = CellArrays(
+            np.empty((len(keys), *patch_format.shape), dtype=patch_format.dtype),
+            np.empty((len(keys), len(preparation.scaling.features)), dtype=np.float32),
+            np.empty(limits, dtype=np.float32),
+            np.empty(limits, dtype=np.float32),
+            np.full(len(keys), -1, dtype=np.int64),
+        )
+        self._filled = np.zeros(len(keys), dtype=bool)
 
-def _arrays(
-    parts: list[pa.Table], preparation: Preparation, patch_format: PatchFormat
-) -> CellArrays:
-    """Copy tables into arrays ordered by key; ``parts`` is emptied, to hold no cell twice."""
-    keys = np.concatenate([part.column("key").to_numpy() for part in parts])
-    place = np.empty(len(keys), dtype=np.int64)
-    place[np.argsort(keys, kind="stable")] = np.arange(len(keys))
-    patches = np.empty((len(keys), *patch_format.shape), dtype=patch_format.dtype)
-    features = np.empty((len(keys), len(preparation.scaling.features)), dtype=np.float32)
-    treatments = np.empty(len(keys), dtype=np.int64)
-    plates = np.empty(len(keys), dtype=object)
-    number = {name: i for i, name in enumerate(preparation.treatments)}
-    start = 0
-    while parts:
-        part = parts.pop(0)
-        rows = place[start : start + part.num_rows]
-        start += part.num_rows
-        patches[rows] = decode_patches(part, patch_format)
-        scaled = part.column("features").combine_chunks().flatten()
-        features[rows] = scaled.to_numpy().reshape(len(rows), features.shape[1])
-        treatments[rows] = [number.get(name, -1) for name in part.column("treatment").to_pylist()]
-        plates[rows] = part.column("plate").to_pylist()
-    intensity, scale = preparation.intensity, patch_format.full_scale
-    offset, factor = intensity.limits(patches, plates.tolist(), scale)
-    return CellArrays(patches, features, offset, factor, treatments)
+    def add(self, table: pa.Table) -> None:
+        """Take those of a table's cells that are asked for."""
+        if not len(self._keys):
+            return
+        keys = table.column("key").to_numpy()
+        places = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
+        rows = np.flatnonzero(self._keys[places] == keys)
+        if not len(rows):
+            return
+        if len(rows) < table.num_rows:
+            table, places = table.take(pa.array(rows)), places[rows]
+        patches = decode_patches(table, self._format)
+        scaled = table.column("features").combine_chunks().flatten().to_numpy()
+        plates = table.column("plate").to_pylist()
+        cells = self._cells
+        cells.patches[places] = patches
+        cells.features[places] = scaled.reshape(len(places), -1)
+        limits = self._intensity.limits(patches, plates, self._format.full_scale)
+        cells.offset[places], cells.factor[places] = limits
+        names = table.column("treatment").to_pylist()
+        cells.treatments[places] = [self._numbers.get(name, -1) for name in names]
+        self._filled[places] = True
+
+    def finish(self) -> CellArrays:
+        """Return the arrays, full.
+
+        Raises
+        ------
+        TrainingError
+            If cells did not come.
+        """
+        if not self._filled.all():
+            raise TrainingError(
+                f"{np.count_nonzero(~self._filled):,} of {len(self._keys):,} cells were not read: "
+                "the dataset was changed while training began; start again"
+            )
+        return self._cells

@@ -48,7 +48,9 @@ def run_inline():
             yield publication.UnitRecord(**json.loads(row["record"]))
 
     class Inline:
-        def __init__(self, config, factory, units):
+        size = 1
+
+        def __init__(self, config, factory, most):
             self.work = factory()
 
         def map(self, units, label, cells, watch):

@@ -10,14 +10,15 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, multiprocessing
+from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
 from cp2image.benchmarks.plain_networks import (
     PlainDiscriminator,
@@ -243,10 +244,10 @@ def time_workers(size: Size, repetitions: int, workers: int) -> float:
     """Return seconds a step, the median, of one thread per worker sharing ``size.batch`` cells."""
     with tempfile.TemporaryDirectory(prefix="cp2image-workers-") as folder:
         place = str(Path(folder, "seconds"))
-        multiprocessing.spawn(
-            _run_rank, (size, repetitions, workers, folder), nprocs=workers, join=True
-        )
-        return statistics.median(torch.load(place, weights_only=True).tolist())
+        run: Callable[..., object] = spawn  # torch does not type it
+        run(_run_rank, (size, repetitions, workers, folder), nprocs=workers)
+        seconds: list[float] = torch.load(place, weights_only=True).tolist()
+        return statistics.median(seconds)
 
 
 def _run_rank(rank: int, size: Size, repetitions: int, workers: int, folder: str) -> None:
@@ -333,21 +334,26 @@ def loss_deviation(found: list[dict[str, Any]], window: int = 20) -> dict[str, f
     return deviations
 
 
-def growth(sizes: Sequence[Size], repetitions: int, device: str) -> Iterator[list[str]]:
-    """Yield rows of features, side, batch, ms per drawn cell and ms per trained cell."""
+def measure_growth(
+    time_one: Callable[[Size], Timing], sizes: Sequence[Size], wording: str
+) -> tuple[Table, list[dict[str, Any]]]:
+    """Time one thing at several sizes; return the table and the figures."""
+    rows, figures = [], []
     for size in sizes:
         tell(f"growth: {size.features} features, {size.side} px, batch {size.batch}")
-        drawn = time_drawing(
-            size, cells=4 * 16, repetitions=repetitions, device=device, plain=False
-        ).timings["float32"]
-        trained = time_training(size, repetitions=repetitions, device=device, plain=False)
-        yield [
-            f"{size.features:,}",
-            f"{size.side}",
-            f"{size.batch}",
-            f"{drawn.wall:.2f} ms",
-            f"{trained['float32'].wall:.2f} ms",
-        ]
+        timing = time_one(size)
+        rows.append(
+            [
+                f"{size.features:,}",
+                str(size.side),
+                str(size.batch),
+                f"{timing.wall:.2f} ms",
+                f"{timing.cpu:.2f} ms",
+            ]
+        )
+        figures.append({**vars(size), **timing.to_json()})
+    columns = ["features", "side, px", "batch", f"wall per {wording}", "CPU"]
+    return Table("Growth", columns, rows), figures
 
 
 def benchmark_networks(

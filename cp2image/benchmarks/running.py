@@ -44,7 +44,17 @@ def _find(name: str, config: Config) -> Findings:
             from cp2image.benchmarks.evaluating import benchmark_evaluate
 
             return benchmark_evaluate(config)
+        case "generate":
+            from cp2image.benchmarks.generating import benchmark_generate
+
+            return benchmark_generate(config)
+        case "train":
+            from cp2image.benchmarks.training import benchmark_train
+
+            return benchmark_train(config)
+        case "input":
+            from cp2image.benchmarks.reading import benchmark_input
+
+            return benchmark_input(config)
         case _:
-            raise ConfigError(
-                f"benchmark.which: no benchmark {name!r}; there is: measure, evaluate"
-            )
+            raise ConfigError(f"benchmark.which: no benchmark {name!r}")

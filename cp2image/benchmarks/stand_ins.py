@@ -12,7 +12,7 @@ from cp2image.benchmarks.patches import Patches
 from cp2image.checkpoint import ModelCard, save_checkpoint
 from cp2image.data.intensity import Intensity
 from cp2image.data.scaling import Scaling
-from cp2image.data.schema import PatchFormat, build_table, to_parquet
+from cp2image.data.schema import ROW_GROUP, PatchFormat, build_table, to_parquet
 from cp2image.data.splits import Splits
 from cp2image.dataset import Manifest, Part, manifest_uri, plate_folder
 from cp2image.metrics.measurement import feature_names
@@ -29,7 +29,7 @@ def publish_cells(
     count: int,
     *,
     plates: int = 1,
-    part_size: int = 1024,
+    part_size: int = ROW_GROUP,
     name: str = "cells",
     normalisation: str = "none",
 ) -> str:

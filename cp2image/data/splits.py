@@ -25,7 +25,7 @@ from cp2image.data.identity import (
 )
 from cp2image.errors import CheckpointError, ConfigError, DatasetError
 
-TRAIN, VALIDATION, TEST = "train", "validation", "test"
+TRAIN, VALIDATION, TEST = SPLITS = ("train", "validation", "test")
 UNSEEN = "unseen"
 """What `Splits.of` says of units that were not there when the splits were made."""
 _DOMAIN = 0x73706C697473

@@ -178,6 +178,7 @@ def training_curves(
     histories: Mapping[str, tuple[ArrayLike, ArrayLike]],
     *,
     floors: Mapping[str, float] | None = None,
+    beside: Mapping[str, tuple[ArrayLike, ArrayLike]] | None = None,
     title: str = "",
 ) -> Figure:
     """Draw one small panel per recorded metric over the training steps.
@@ -190,6 +191,8 @@ def training_curves(
         Metric name → (steps, values); values that are not finite are left out.
     floors
         Metric name → a value to beat, drawn as a dashed line (the mean image's loss, say).
+    beside
+        The same metrics of another run, drawn on top as a thin dashed curve.
     title
         Text above all panels.
 
@@ -214,6 +217,9 @@ def training_curves(
         axes.plot(
             x, y, color=ACCENT, linewidth=1.4, marker="." if len(x) < 30 else "", markersize=4
         )
+        if beside is not None and name in beside:
+            other = [_floats(values) for values in beside[name]]
+            axes.plot(*other, color=CONTRAST, linewidth=0.8, linestyle=(0, (3, 3)))
         if len(y) and y.min() > 0 and y.max() > 30 * y.min():
             axes.set_yscale("log")
         if floors is not None and name in floors:
