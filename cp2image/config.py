@@ -285,8 +285,10 @@ class Benchmark(Section):
     """Numbers of patches over which growth is shown; the largest takes 60 kB of memory each."""
     drawn: Positive = 416
     """Cells that both generators draw."""
-    plate_cells: Annotated[Positive, Field(ge=4096)] = 61_440
+    plate_cells: Annotated[Positive, Field(ge=4)] = 61_440
     """Cells of the plate that the whole generation job draws; 35 kB of disk each."""
+    growth: bool = True
+    """Whether cost is also shown over numbers of features, sides of patches and batches."""
     jobs: Positive = 3
     """How often the whole generation job is run."""
     batch: Positive = 104

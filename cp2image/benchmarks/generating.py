@@ -15,7 +15,6 @@ from cp2image.benchmarks.report import Findings, Table, Timing, tell
 from cp2image.benchmarks.stand_ins import publish_cells, save_stand_in
 from cp2image.cluster import join_cluster
 from cp2image.config import Config
-from cp2image.data.schema import ROW_GROUP
 from cp2image.generation import generate
 from cp2image.metrics.measurement import feature_names
 from cp2image.storage import join
@@ -46,15 +45,18 @@ def benchmark_generate(config: Config) -> Findings:
             _time_job(config, folder, cells, checkpoint, settings.plate_cells)
             for _ in range(settings.jobs)
         ]
-    sizes = [Size(n, size.channels, size.side) for n in (50, 500, 2000)]
-    sizes += [Size(features, size.channels, side) for side in (64, 96, 128)]
 
     def draw(one: Size) -> Timing:
         found = time_drawing(one, cells=64, repetitions=settings.repetitions, plain=False)
         return found.timings["float32"]
 
-    growth, grown = measure_growth(draw, sizes, "drawn cell")
-    tables = [tell_drawing(drawing, size), _tell_jobs(jobs, bare), growth]
+    tables = [tell_drawing(drawing, size), _tell_jobs(jobs, bare)]
+    grown: list[dict[str, Any]] = []
+    if settings.growth:
+        sizes = [Size(n, size.channels, size.side) for n in (50, 500, 2000)]
+        sizes += [Size(features, size.channels, side) for side in (64, 96, 128)]
+        table, grown = measure_growth(draw, sizes, "drawn cell")
+        tables.append(table)
     figures = {
         "drawing": {name: timing.to_json() for name, timing in drawing.timings.items()},
         "difference": drawing.difference,
@@ -87,7 +89,7 @@ def _time_job(
     ends = sorted(part.stat().st_mtime for part in Path(output).rglob("part-*.parquet"))
     workers = max(1, int(job.cluster.tasks or (os.cpu_count() or 1)))
     begun = min(workers, len(ends) - 1) - 1  # every actor has ended its first unit
-    flow = (len(ends) - 1 - begun) * ROW_GROUP / max(ends[-1] - ends[begun], 1e-9)
+    flow = (len(ends) - 1 - begun) * job.cluster.cells_per_task / max(ends[-1] - ends[begun], 1e-9)
     return {
         "cells": count,
         "seconds": seconds,

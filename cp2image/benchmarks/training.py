@@ -40,21 +40,23 @@ def benchmark_train(config: Config) -> Findings:
     save(figure, join(settings.output, "train_losses.png"))
     tell("train: one worker, two workers, one thread each")
     workers = {n: time_workers(size, settings.repetitions, n) for n in (1, 2)}
-    sizes = [Size(n, batch=26) for n in (50, 500, 2000)]
-    sizes += [Size(500, side=side, batch=26) for side in (64, 96, 128)]
-    sizes += [Size(500, batch=batch) for batch in (52, 104)]
 
     def step(one: Size) -> Timing:
         taken = time_training(one, repetitions=settings.repetitions, plain=False)
         return taken["float32"]
 
-    growth, grown = measure_growth(step, sizes, "trained cell")
     tables = [
         tell_training(timings, size),
         tell_losses(losses),
         _tell_workers(workers, size.batch),
-        growth,
     ]
+    grown: list[dict[str, Any]] = []
+    if settings.growth:
+        sizes = [Size(n, batch=26) for n in (50, 500, 2000)]
+        sizes += [Size(500, side=side, batch=26) for side in (64, 96, 128)]
+        sizes += [Size(500, batch=batch) for batch in (52, 104)]
+        table, grown = measure_growth(step, sizes, "trained cell")
+        tables.append(table)
     figures = {
         "size": vars(size),
         "steps": {name: timing.to_json() for name, timing in timings.items()},
