@@ -271,7 +271,7 @@ class Benchmark(Section):
     """Speed beside what a user would otherwise write (`cp2image.benchmarks`)."""
 
     which: Annotated[
-        list[Literal["measure", "generate", "train", "input"]], Field(min_length=1)
+        list[Literal["measure", "generate", "train", "input", "evaluate"]], Field(min_length=1)
     ] = ["measure"]
     output: str = ""
     patches: Positive = 96
@@ -298,6 +298,8 @@ class Benchmark(Section):
     """Steps and cells over which the losses of both ways are compared."""
     read_cells: Annotated[Positive, Field(ge=208)] = 16_384
     """Cells that are read from a dataset and from one file each; 60 kB of disk each."""
+    evaluated_cells: Positive = 10_000
+    """Real cells of the evaluation that is timed, and as many generated ones."""
 
 
 class Tracking(Section):

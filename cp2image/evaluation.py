@@ -33,6 +33,7 @@ from cp2image.metrics.correlation import (
 )
 from cp2image.metrics.embedding import CellProfilerEmbedding
 from cp2image.metrics.frechet import Moments, frechet_distance, kernel_distance
+from cp2image.stopwatch import Stopwatch
 from cp2image.storage import join, write_bytes
 from cp2image.tracking import record, tracking_uri
 
@@ -79,8 +80,15 @@ class Report:
         return "\n".join(lines)
 
 
-def evaluate(config: Config) -> Report:
+def evaluate(config: Config, watch: Stopwatch | None = None) -> Report:
     """Compare ``evaluate.generated`` with the real cells it was drawn for; publish a report.
+
+    Parameters
+    ----------
+    config
+        The experiment.
+    watch
+        Is told how long each part takes, as ``seconds`` of ``report.json`` is.
 
     Raises
     ------
@@ -90,19 +98,27 @@ def evaluate(config: Config) -> Report:
         If the sets share no cells, or are too small for an embedding.
     """
     settings = config.evaluate
-    real, generated = open_dataset(settings.real), open_dataset(settings.generated)
-    model = load_model(settings.checkpoint, store=tracking_uri(config))
+    watch = watch or Stopwatch()
+    with watch.part("loading the model"):
+        real, generated = open_dataset(settings.real), open_dataset(settings.generated)
+        model = load_model(settings.checkpoint, store=tracking_uri(config))
     if generated.patch_format.channels != real.patch_format.channels:
         raise EvaluationError(
             f"{settings.generated} has channels {generated.patch_format.channels}, "
             f"{settings.real} has {real.patch_format.channels}; compare like with like"
         )
-    join_cluster(config.cluster)
-    with record(config, "evaluate") as recorder:
-        pairs = _pair(real, generated, model, settings)
+    with watch.part("joining Ray"):
+        join_cluster(config.cluster)
+    with watch.part("recording in MLflow"), record(config, "evaluate") as recorder:
+        with watch.part("pairing"):
+            pairs = _pair(real, generated, model, settings)
         print(f"evaluate: {len(pairs):,} cells in both sets", flush=True)
-        sets = gather_cells(config, model, real, generated, pairs)
-        report = _report(config, model, sets)
+        with watch.part("moving"):
+            sets = gather_cells(
+                config, model, real, generated, pairs, _spread(pairs, _SHOWN), watch
+            )
+        with watch.part("writing"):
+            report = _report(config, model, sets, watch)
         recorder.metrics(_flat(report))
         recorder.folder(settings.output, "report")
     return report
@@ -143,24 +159,27 @@ def _keyed(dataset: CellDataset, plates: list[str]) -> pd.DataFrame:
     return frame.assign(key=cell_keys(frame))
 
 
-def _report(config: Config, model: Model, sets: EvaluationSet) -> Report:
+def _report(config: Config, model: Model, sets: EvaluationSet, watch: Stopwatch) -> Report:
     settings = config.evaluate
     out = settings.output
     names = list(compared_features(sets.real.measured))
     real, drawn, table = sets.real.measured, sets.generated.measured, sets.real.table
-    tables = {"model": feature_correlation(real, drawn, names)}
-    shared = [name for name in names if name in table]
-    if shared:
-        tables["ceiling"] = feature_correlation(table[shared], real[shared], shared)
-    if sets.shuffled is not None:
-        held = real.iloc[sets.shuffled_rows].reset_index(drop=True)
-        tables["shuffle control"] = feature_correlation(held, sets.shuffled, names)
+    with watch.part("correlation"):
+        tables = {"model": feature_correlation(real, drawn, names)}
+        shared = [name for name in names if name in table]
+        if shared:
+            tables["ceiling"] = feature_correlation(table[shared], real[shared], shared)
+        if sets.shuffled is not None:
+            held = real.iloc[sets.shuffled_rows].reset_index(drop=True)
+            tables["shuffle control"] = feature_correlation(held, sets.shuffled, names)
+        summary = {name: summarise_correlation(found) for name, found in tables.items()}
     groups = (sets.cells[PLATE].astype(str) + "/" + sets.cells[WELL].astype(str)).tolist()
-    summary = {name: summarise_correlation(found) for name, found in tables.items()}
     if len(set(groups)) > 1:
-        interval = bootstrap_correlation(group_moments(real, drawn, groups, names), resamples=200)
+        with watch.part("bootstrap over wells"):
+            parts = group_moments(real, drawn, groups, names)
+            interval = bootstrap_correlation(parts, resamples=200)
         summary["model"]["interval_95_by_well"] = interval.summary
-    distances = _distances(config, sets)
+    distances = _distances(config, sets, watch)
     protocol = {
         "cells": len(sets.cells),
         "plates": sorted(sets.cells[PLATE].astype(str).unique()),
@@ -179,12 +198,18 @@ def _report(config: Config, model: Model, sets: EvaluationSet) -> Report:
         "checkpoint": {"uri": settings.checkpoint, "sha256": model.hash, "steps": model.card.steps},
     }
     report = Report(out, protocol, summary, distances)
+    with watch.part("pictures"):
+        _draw(out, model, sets, tables)
     for name, found in tables.items():
         text = found.sort_values("r", ascending=False).to_csv(index=False)
         write_bytes(join(out, f"correlation_{name.replace(' ', '_')}.csv"), text.encode())
-    _draw(out, model, sets, tables)
     write_bytes(join(out, "_config.yaml"), config.yaml().encode())
-    content = {"protocol": protocol, "correlation": summary, "distances": distances}
+    content = {
+        "protocol": protocol,
+        "correlation": summary,
+        "distances": distances,
+        "seconds": watch.seconds,
+    }
     write_bytes(join(out, "report.json"), json.dumps(content, indent=1, default=str).encode())
     return report
 
@@ -200,18 +225,15 @@ def _draw(out: str, model: Model, sets: EvaluationSet, tables: dict[str, pd.Data
     best = best_features(sets.real.measured, sets.generated.measured, tables["model"])
     save(best, join(out, "best_features.png"))
     save(correlation_boxes(tables["model"]), join(out, "correlation_by_category.png"))
-    shown = _spread(sets.cells, _SHOWN)
     titles = None
     if COMPOUND in sets.cells:
-        part = sets.cells.iloc[shown]
+        part = sets.cells.iloc[sets.shown]
         dose = part[CONCENTRATION] if CONCENTRATION in part else [""] * len(part)
         titles = [
             f"{c} {d:g}" if isinstance(d, float) and d else f"{c}"
             for c, d in zip(part[COMPOUND], dose, strict=True)
         ]
-    figure = figure_pairs(
-        sets.real.patches[shown], sets.generated.patches[shown], model.channels, titles=titles
-    )
+    figure = figure_pairs(sets.real.patches, sets.generated.patches, model.channels, titles=titles)
     save(figure, join(out, "cells.png"))
 
 
@@ -223,30 +245,41 @@ def _spread(cells: pd.DataFrame, count: int) -> NDArray[np.int64]:
     return order.to_numpy()[:count]
 
 
-def _distances(config: Config, sets: EvaluationSet) -> dict[str, Any]:
+def _distances(config: Config, sets: EvaluationSet, watch: Stopwatch) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    real, drawn = sets.real.measured, sets.generated.measured
-    complete = (real.notna().any(axis=1) & drawn.notna().any(axis=1)).to_numpy()
     for name in config.evaluate.embeddings:
         if name == "cp":
-            embedding = CellProfilerEmbedding.fit(real[complete])
-            vectors = [embedding.embed(part[complete]) for part in (real, drawn)]
-            protocol: dict[str, Any] = dict(embedding.protocol)
+            found[name] = _cp_distances(sets, watch)
         else:
-            vectors = [part.embedded[name] for part in (sets.real, sets.generated)]
-            protocol = sets.protocols[name]
-        found[name] = {**_compare(*vectors), **protocol}
-    if sets.shuffled is not None and "cp" in found:
+            with watch.part("distances"):
+                vectors = [part.embedded[name] for part in (sets.real, sets.generated)]
+                found[name] = {**_compare(*vectors), **sets.protocols[name]}
+    return found
+
+
+def _cp_distances(sets: EvaluationSet, watch: Stopwatch) -> dict[str, Any]:
+    """Distances in measured features, of the cells in both of whose patches a nucleus was found."""
+    real, drawn = sets.real.measured, sets.generated.measured
+    complete = (real.notna().any(axis=1) & drawn.notna().any(axis=1)).to_numpy()
+    with watch.part("embedding"):
         embedding = CellProfilerEmbedding.fit(real[complete])
-        rows = sets.shuffled_rows
-        sound = sets.shuffled.notna().any(axis=1).to_numpy() & complete[rows]
-        held, plain = real.iloc[rows][sound], drawn.iloc[rows][sound]
-        parts = [Moments.of(embedding.embed(p)) for p in (held, plain, sets.shuffled[sound])]
-        found["cp"]["shuffle_control"] = {
-            "n": int(sound.sum()),
-            "frechet": frechet_distance(parts[0], parts[1], allow_singular=True),
-            "frechet_shuffled": frechet_distance(parts[0], parts[2], allow_singular=True),
-        }
+        vectors = [embedding.embed(part[complete]) for part in (real, drawn)]
+    with watch.part("distances"):
+        found = {**_compare(*vectors), **embedding.protocol}
+    if sets.shuffled is not None:
+        sound = sets.shuffled.notna().any(axis=1).to_numpy() & complete[sets.shuffled_rows]
+        places = (np.cumsum(complete) - 1)[sets.shuffled_rows[sound]]
+        with watch.part("embedding"):
+            shuffled = embedding.embed(sets.shuffled[sound])
+        with watch.part("distances"):
+            held, plain, control = (
+                Moments.of(part) for part in (vectors[0][places], vectors[1][places], shuffled)
+            )
+            found["shuffle_control"] = {
+                "n": int(sound.sum()),
+                "frechet": frechet_distance(held, plain, allow_singular=True),
+                "frechet_shuffled": frechet_distance(held, control, allow_singular=True),
+            }
     return found
 
 

@@ -1,6 +1,7 @@
 """Gathering both sets of a comparison from the cluster: patches, features, embeddings. Step."""
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,14 +16,23 @@ from cp2image.checkpoint import Model, load_model
 from cp2image.columns import PLATE
 from cp2image.config import Config
 from cp2image.data.identity import cell_keys
-from cp2image.data.schema import PATCH, decode_features, decode_metadata, decode_patches
-from cp2image.dataset import CellDataset, read_range
+from cp2image.data.schema import (
+    PATCH,
+    ROW_GROUP,
+    PatchFormat,
+    decode_features,
+    decode_metadata,
+    decode_patches,
+)
+from cp2image.dataset import CellDataset, CellRange, read_range
 from cp2image.metrics.embedding import FilterBank, InceptionEmbedding, quantise
 from cp2image.metrics.measurement import measure
+from cp2image.stopwatch import Stopwatch
 from cp2image.tracking import tracking_uri
 
 _CONTROL_CELLS = 2_000
 _CELLS_PER_TASK = 256
+"""Fewest cells of a unit, where there are that many."""
 
 
 @dataclass
@@ -32,11 +42,11 @@ class MeasuredCells:
     Attributes
     ----------
     table
-        Features that stand in the dataset: measured before, or requested.
+        Features that stand in the dataset: measured before, or requested of the model.
     measured
         Features measured on the patches as they are compared.
     patches
-        8 bit, (N, C, H, W).
+        Of the cells to show, 8 bit, (shown, C, H, W).
     embedded
         Embedding → vectors, (N, D).
     """
@@ -60,6 +70,8 @@ class EvaluationSet:
     ----------
     cells
         Metadata and key.
+    shown
+        Rows of ``cells`` to show.
     real, generated
         The two sets.
     protocols
@@ -71,6 +83,7 @@ class EvaluationSet:
     """
 
     cells: pd.DataFrame
+    shown: NDArray[np.int64]
     real: MeasuredCells
     generated: MeasuredCells
     protocols: dict[str, dict[str, Any]]
@@ -79,7 +92,13 @@ class EvaluationSet:
 
 
 def gather_cells(
-    config: Config, model: Model, real: CellDataset, generated: CellDataset, cells: pd.DataFrame
+    config: Config,
+    model: Model,
+    real: CellDataset,
+    generated: CellDataset,
+    cells: pd.DataFrame,
+    shown: NDArray[np.int64],
+    watch: Stopwatch,
 ) -> EvaluationSet:
     """Normalise, measure and embed both sets on the cluster.
 
@@ -93,26 +112,55 @@ def gather_cells(
         The datasets.
     cells
         Metadata of the cells to compare with their ``key``, sorted by it.
+    shown
+        Rows of ``cells`` whose patches are wanted.
+    watch
+        Is told what the workers do.
 
     Returns
     -------
     EvaluationSet
         In the order of ``cells``.
     """
-    found = EvaluationSet(
-        cells,
-        _gather(config, real, cells, "measure real"),
-        _gather(config, generated, cells, "measure generated"),
-        {name: e.protocol for name, e in _embeddings(config, len(model.channels)).items()},
-    )
+    keys = cells["key"].to_numpy()
+    plates = sorted(cells[PLATE].astype(str).unique())
+    requested = list(model.features) if config.evaluate.shuffle_control else []
+    wanted = ((real, real.features), (generated, requested))
+    sources = [
+        _Source(dataset.patch_format, dataset.metadata, columns, keys, keys[shown])
+        for dataset, columns in wanted
+    ]
+    total = 2 * len(keys)
+    workers = _Workers(config, partial(_Work, config, sources), -(-total // _CELLS_PER_TASK))
+    units = [
+        _Unit(number, unit)
+        for number, (dataset, _) in enumerate(wanted)
+        for unit in dataset.ranges(_unit_size(total, workers.size), plates)
+    ]
+    parts = workers.map(units, "measure", total, watch)
+    seen, drawn = (_assemble(parts, number, source) for number, source in enumerate(sources))
+    protocols = {name: e.protocol for name, e in _embeddings(config, len(model.channels)).items()}
+    found = EvaluationSet(cells, shown, seen, drawn, protocols)
     if config.evaluate.shuffle_control:
         rows, source = _permute(cells)
-        requested = found.generated.table[list(model.features)].iloc[source].to_numpy()
-        plates = cells[PLATE].astype(str).iloc[rows].tolist()
-        scaled = model.scaling.apply(requested, plates)
-        found.shuffled = _measure_drawn(config, scaled, cells["key"].to_numpy()[rows])
-        found.shuffled_rows = rows
+        plate = cells[PLATE].astype(str).iloc[rows].tolist()
+        scaled = model.scaling.apply(drawn.table.iloc[source].to_numpy(), plate)
+        cuts = [slice(k, k + _CELLS_PER_TASK) for k in range(0, len(rows), _CELLS_PER_TASK)]
+        redraws = [_Redraw(cut.start, scaled[cut], keys[rows[cut]]) for cut in cuts]
+        parts = workers.map(redraws, "shuffle control", len(rows), watch)
+        found.shuffled, found.shuffled_rows = _assemble_drawn(parts), rows
     return found
+
+
+def _unit_size(cells: int, workers: int) -> int:
+    """Return the most cells of a unit: a row group, which each of its units reads, or its 2ⁿ-th.
+
+    It leaves each worker eight units, so that all end at about the same time.
+    """
+    size = ROW_GROUP
+    while size > _CELLS_PER_TASK and 8 * workers * size > cells:
+        size //= 2
+    return size
 
 
 def _permute(cells: pd.DataFrame) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -137,102 +185,135 @@ def _embeddings(config: Config, channels: int) -> dict[str, Any]:
     return found
 
 
-def _gather(config: Config, dataset: CellDataset, cells: pd.DataFrame, label: str) -> MeasuredCells:
-    keys = cells["key"].to_numpy()
-    plates = sorted(cells[PLATE].astype(str).unique())
-    columns = dataset.features
-    units = [{"range": unit} for unit in dataset.ranges(_CELLS_PER_TASK, plates)]
-    factory = partial(_Gather, config, dataset.patch_format, dataset.metadata, columns, keys)
-    parts = list(_map(config, factory, units, label, len(keys)))
-    found = pa.concat_tables(parts)
+@dataclass(frozen=True)
+class _Source:
+    """One of the two sets: what its patches are, what is wanted of which cells."""
+
+    patch_format: PatchFormat
+    metadata: list[str]
+    columns: list[str]
+    keys: NDArray[np.uint64]
+    shown: NDArray[np.uint64]
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """Cells of one set to read, measure and embed."""
+
+    source: int
+    cells: CellRange
+
+
+@dataclass(frozen=True)
+class _Redraw:
+    """Cells of the control to draw and measure: scaled features (n, p), keys (n,)."""
+
+    start: int
+    scaled: NDArray[np.float32]
+    keys: NDArray[np.uint64]
+
+
+class _Work:
+    """What an actor does: reads, measures and embeds cells of either set, draws the control's."""
+
+    def __init__(self, config: Config, sources: Sequence[_Source]) -> None:
+        self._config, self._sources = config, sources
+        self._watch = Stopwatch()
+        with self._watch.part("loading the model"):
+            self._model = load_model(config.evaluate.checkpoint, store=tracking_uri(config))
+            self._embeddings = _embeddings(config, len(self._model.channels))
+
+    def __call__(self, unit: _Unit | _Redraw) -> pa.Table:
+        return self._gather(unit) if isinstance(unit, _Unit) else self._draw(unit)
+
+    def _gather(self, unit: _Unit) -> pa.Table:
+        source, watch = self._sources[unit.source], self._watch
+        form = source.patch_format
+        with watch.part("reading"):
+            table = read_range(unit.cells, [*source.metadata, *source.columns, PATCH])
+            metadata = decode_metadata(table)
+            keys = cell_keys(metadata)
+            rows = np.flatnonzero(np.isin(keys, source.keys))
+            if not len(rows):
+                return pa.table({})
+            table, metadata, keys = table.take(pa.array(rows)), metadata.iloc[rows], keys[rows]
+            patches = decode_patches(table, form)
+            features = decode_features(table, source.columns)
+        with watch.part("normalising"):
+            if form.normalisation == "none":
+                plates = metadata[PLATE].astype(str).tolist()
+                patches = self._model.intensity.apply(patches, plates, form.full_scale)
+            pixels = quantise(patches)
+        with watch.part("measuring"):
+            measured = _measure(pixels, form.channels, self._config)
+        with watch.part("embedding"):
+            embedded = {name: one.embed(pixels) for name, one in self._embeddings.items()}
+        with watch.part("moving"):
+            shown = np.isin(keys, source.shown)
+            wanted = [
+                patch.tobytes() if s else None for patch, s in zip(pixels, shown, strict=True)
+            ]
+            columns = {
+                "key": pa.array(keys, type=pa.uint64()),
+                "measured": _rows(measured.to_numpy(dtype=np.float32)),
+                PATCH: pa.array(wanted, type=pa.binary()),
+            }
+            if source.columns:
+                columns["table"] = _rows(features)
+            for name, vectors in embedded.items():
+                columns[f"embedded_{name}"] = _rows(vectors)
+            found = pa.table(columns)
+        return _label(found, measured, watch, unit.source)
+
+    def _draw(self, unit: _Redraw) -> pa.Table:
+        with self._watch.part("control: drawing"):
+            pixels = self._model.draw(unit.scaled, unit.keys, self._config.run.seed)
+        with self._watch.part("control: measuring"):
+            measured = _measure(pixels, self._model.channels, self._config)
+        found = pa.table({"measured": _rows(measured.to_numpy(dtype=np.float32))})
+        return _label(found, measured, self._watch, unit.start)
+
+
+def _label(found: pa.Table, measured: pd.DataFrame, watch: Stopwatch, number: int) -> pa.Table:
+    """Note in a worker's table whose it is, what was measured, and what has taken how long."""
+    about = {"number": number, "measured": list(measured.columns), "seconds": watch.take()}
+    return found.replace_schema_metadata({"about": json.dumps(about)})
+
+
+def _about(table: pa.Table) -> dict[str, Any]:
+    about: dict[str, Any] = json.loads(table.schema.metadata[b"about"])
+    return about
+
+
+def _assemble(tables: Sequence[pa.Table], number: int, source: _Source) -> MeasuredCells:
+    """Put together the tables of one set, in the order of the keys."""
+    parts = [table for table in tables if _about(table)["number"] == number]
+    measured = _about(parts[0])["measured"]
+    found = pa.concat_tables(part.replace_schema_metadata() for part in parts)
     order = np.argsort(found.column("key").to_numpy(), kind="stable")
     found = found.take(pa.array(order)).combine_chunks()
+    patches = {
+        key: patch
+        for key, patch in zip(found["key"].to_pylist(), found[PATCH].to_pylist(), strict=True)
+        if patch is not None
+    }
+    shown = b"".join(patches[key] for key in source.shown.tolist())
+    table = _matrix(found, "table") if source.columns else np.empty((len(found), 0), np.float32)
     names = [name for name in found.column_names if name.startswith("embedded_")]
-    shape = (len(dataset.patch_format.channels), *dataset.patch_format.shape[1:])
-    measured = found.schema.metadata[b"measured"].decode().split(",")
     return MeasuredCells(
-        pd.DataFrame(_matrix(found, "table"), columns=columns),
+        pd.DataFrame(table, columns=source.columns),
         pd.DataFrame(_matrix(found, "measured"), columns=measured),
-        _matrix(found, PATCH, np.uint8).reshape(-1, *shape),
+        np.frombuffer(shown, np.uint8).reshape(-1, *source.patch_format.shape),
         {name.removeprefix("embedded_"): _matrix(found, name) for name in names},
     )
 
 
-class _Gather:
-    """Reads a range, keeps the chosen cells, measures and embeds them."""
-
-    def __init__(
-        self,
-        config: Config,
-        patch_format: Any,
-        metadata: list[str],
-        columns: list[str],
-        keys: NDArray[np.uint64],
-    ) -> None:
-        self._config, self._format, self._keys = config, patch_format, keys
-        self._metadata, self._columns = metadata, columns
-        self._model = load_model(config.evaluate.checkpoint, store=tracking_uri(config))
-        self._embeddings = _embeddings(config, len(patch_format.channels))
-
-    def __call__(self, item: dict[str, Any]) -> pa.Table:
-        table = read_range(item["range"])
-        metadata = decode_metadata(table)
-        keys = cell_keys(metadata)
-        rows = np.flatnonzero(np.isin(keys, self._keys))
-        if not len(rows):
-            return pa.table({})
-        table, metadata, keys = table.take(pa.array(rows)), metadata.iloc[rows], keys[rows]
-        patches = decode_patches(table, self._format)
-        if self._format.normalisation == "none":
-            plates = metadata[PLATE].astype(str).tolist()
-            patches = self._model.intensity.apply(patches, plates, self._format.full_scale)
-        pixels = quantise(patches)
-        measured = _measure(pixels, self._format.channels, self._config)
-        columns = {
-            "key": pa.array(keys, type=pa.uint64()),
-            "table": _rows(decode_features(table, self._columns)),
-            "measured": _rows(measured.to_numpy(dtype=np.float32)),
-            PATCH: _rows(pixels.reshape(len(pixels), -1)),
-        }
-        for name, embedding in self._embeddings.items():
-            columns[f"embedded_{name}"] = _rows(embedding.embed(pixels))
-        found = pa.table(columns)
-        return found.replace_schema_metadata({"measured": ",".join(measured.columns)})
-
-
-def _measure_drawn(
-    config: Config, scaled: NDArray[np.float32], keys: NDArray[np.uint64]
-) -> pd.DataFrame:
-    """Draw cells from scaled features on the cluster and measure them."""
-    step = _CELLS_PER_TASK
-    units = [
-        {"scaled": scaled[i : i + step], "keys": keys[i : i + step], "start": i}
-        for i in range(0, len(keys), step)
-    ]
-    parts = list(_map(config, partial(_Draw, config), units, "shuffle control", len(keys)))
-    parts.sort(key=lambda part: part.column("start")[0].as_py())
-    found = pa.concat_tables(parts)
-    names = found.schema.metadata[b"measured"].decode().split(",")
-    return pd.DataFrame(_matrix(found.combine_chunks(), "measured"), columns=names)
-
-
-class _Draw:
-    """Draws and measures."""
-
-    def __init__(self, config: Config) -> None:
-        self._config = config
-        self._model = load_model(config.evaluate.checkpoint, store=tracking_uri(config))
-
-    def __call__(self, item: dict[str, Any]) -> pa.Table:
-        pixels = self._model.draw(item["scaled"], item["keys"], self._config.run.seed)
-        measured = _measure(pixels, self._model.channels, self._config)
-        found = pa.table(
-            {
-                "start": pa.array([item["start"]] * len(pixels)),
-                "measured": _rows(measured.to_numpy(dtype=np.float32)),
-            }
-        )
-        return found.replace_schema_metadata({"measured": ",".join(measured.columns)})
+def _assemble_drawn(tables: Sequence[pa.Table]) -> pd.DataFrame:
+    """Put together what was measured on the control's cells, in their order."""
+    parts = sorted(tables, key=lambda table: int(_about(table)["number"]))
+    measured = _about(parts[0])["measured"]
+    found = pa.concat_tables(part.replace_schema_metadata() for part in parts).combine_chunks()
+    return pd.DataFrame(_matrix(found, "measured"), columns=measured)
 
 
 def _measure(pixels: NDArray[np.uint8], channels: Sequence[str], config: Config) -> pd.DataFrame:
@@ -264,31 +345,47 @@ def _matrix(table: pa.Table, name: str, dtype: Any = np.float32) -> NDArray[Any]
     return matrix
 
 
-def _map(
-    config: Config,
-    factory: Callable[[], Callable[[dict[str, Any]], pa.Table]],
-    units: list[dict[str, Any]],
-    label: str,
-    cells: int,
-) -> Iterator[pa.Table]:
-    """Run units on a pool of Ray actors; yield their tables in any order."""
-    import ray
+class _Workers:
+    """A pool of Ray actors that are started once and do all units of an evaluation."""
 
-    cluster = config.cluster
-    room = int(ray.cluster_resources().get("CPU", 1) // cluster.cpus_per_task)
-    size = max(1, min(cluster.tasks or room, room, len(units)))
-    actor = ray.remote(num_cpus=cluster.cpus_per_task, max_restarts=3, max_task_retries=3)(_Actor)
-    pool = ray.util.ActorPool([actor.remote(factory) for _ in range(size)])
-    with tqdm(total=cells, desc=label, unit=" cells", mininterval=1) as bar:
-        for table in pool.map_unordered(lambda worker, unit: worker.run.remote(unit), units):
-            bar.update(table.num_rows)
-            if table.num_rows:
-                yield table
+    def __init__(self, config: Config, factory: Callable[[], _Work], most: int) -> None:
+        import ray
+
+        cluster = config.cluster
+        room = int(ray.cluster_resources().get("CPU", 1) // cluster.cpus_per_task)
+        self.size = max(1, min(cluster.tasks or room, room, most))
+        self._factory = ray.put(factory)  # not an argument of the constructor: it outlives restarts
+        actor = ray.remote(num_cpus=cluster.cpus_per_task, max_restarts=3, max_task_retries=3)(
+            _Actor
+        )
+        self._actors = [actor.remote() for _ in range(self.size)]
+
+    def map(
+        self, units: Sequence[_Unit | _Redraw], label: str, cells: int, watch: Stopwatch
+    ) -> list[pa.Table]:
+        """Do the units; return their tables in any order, without those that met no cell."""
+        import ray
+
+        pool, found = ray.util.ActorPool(self._actors), []
+        with (
+            watch.part("starting and awaiting workers"),
+            tqdm(total=cells, desc=label, unit=" cells", mininterval=1) as bar,
+        ):
+            for table in pool.map_unordered(
+                lambda worker, unit: worker.run.remote(self._factory, unit), units
+            ):
+                bar.update(table.num_rows)
+                if table.num_rows:
+                    watch.credit(_about(table)["seconds"], self.size)
+                    found.append(table)
+        return found
 
 
 class _Actor:
-    def __init__(self, factory: Callable[[], Callable[[dict[str, Any]], pa.Table]]) -> None:
-        self._work = factory()
+    def __init__(self) -> None:
+        self._work: _Work | None = None
 
-    def run(self, unit: dict[str, Any]) -> pa.Table:
+    def run(self, factory: Callable[[], _Work], unit: _Unit | _Redraw) -> pa.Table:
+        if self._work is None:
+            self._work = factory()
         return self._work(unit)

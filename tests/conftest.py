@@ -47,13 +47,18 @@ def run_inline():
             row = worker({"number": number, "unit": json.dumps(asdict(work[number]))})
             yield publication.UnitRecord(**json.loads(row["record"]))
 
-    def gather(config, factory, units, label, cells):
-        work = factory()
-        return [table for table in map(work, reversed(units)) if table.num_rows]
+    class Inline:
+        size = 1
+
+        def __init__(self, config, factory, most):
+            self.work = factory()
+
+        def map(self, units, label, cells, watch):
+            return [table for table in map(self.work, reversed(units)) if table.num_rows]
 
     def apply(monkeypatch):
         monkeypatch.setattr(publication, "_map", run)
-        monkeypatch.setattr(evaluation_sets, "_map", gather)
+        monkeypatch.setattr(evaluation_sets, "_Workers", Inline)
         monkeypatch.setattr(ray, "is_initialized", lambda: True)
 
     return apply

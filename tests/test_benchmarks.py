@@ -8,14 +8,24 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from cp2image.benchmarks.patches import publish_patches, take_patches
+from cp2image.benchmarks.plain_evaluation import (
+    correlate_plain,
+    embed_plain,
+    frechet_plain,
+    kernel_plain,
+)
 from cp2image.benchmarks.plain_measurement import measure_plain
 from cp2image.benchmarks.report import Comparison, Sample, Timing, interleave
 from cp2image.benchmarks.running import run_benchmarks
 from cp2image.config import read_config
 from cp2image.errors import DatasetError
+from cp2image.metrics.correlation import feature_correlation
+from cp2image.metrics.embedding import CellProfilerEmbedding
+from cp2image.metrics.frechet import Moments, frechet_distance, kernel_distance
 
 JOB = Path(__file__).parents[1] / "jobs" / "benchmark.py"
 
@@ -122,3 +132,54 @@ def test_names_on_the_command_line_choose_benchmarks_and_unknown_ones_are_refuse
     unknown = run("mesure")
     assert unknown.returncode == 2
     assert "did you mean 'measure'" in unknown.stderr
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory, ray_session):
+    folder = tmp_path_factory.mktemp("run")
+    settings = [
+        f"run.folder={folder}",
+        "benchmark.which=[evaluate]",
+        "benchmark.patches=3",
+        "benchmark.repetitions=2",
+        "benchmark.evaluated_cells=120",
+    ]
+    text = run_benchmarks(read_config(None, settings))
+    return text, json.loads((folder / "benchmark" / "evaluate.json").read_text())["results"]
+
+
+def test_the_parts_of_an_evaluation_add_up_to_all_of_it(evaluated):
+    text, results = evaluated
+    assert all(math.isfinite(number) for number in numbers(results))
+    assert set(results["shares"]) == set(results["seconds"])
+    assert sum(results["shares"].values()) == pytest.approx(1)
+    assert sum(results["seconds"].values()) == pytest.approx(results["total_seconds"])
+    expected = {"reading", "measuring", "embedding", "moving", "correlation", "distances"}
+    expected |= {"bootstrap over wells", "control: drawing", "control: measuring", "pictures"}
+    assert expected <= set(results["seconds"])
+    assert min(results["seconds"][part] for part in expected) > 0
+    assert "Where the time goes" in text
+
+
+def test_the_plain_script_is_timed_part_by_part(evaluated):
+    text, results = evaluated
+    assert len(results["compared"]) == 6
+    for found in results["compared"].values():
+        assert len(found["plain"]["samples_cpu_s"]) == len(found["ours"]["samples_cpu_s"]) == 2
+    assert "beside a plain script" in text
+
+
+def test_both_ways_find_the_same_correlations_and_distances():
+    names = ["Nuclei_AreaShape_Area", *(f"Nuclei_Texture_Variance_DNA_{k}_00_256" for k in (3, 5))]
+    random = np.random.default_rng(0)
+    real = pd.DataFrame(random.normal(size=(400, 3)), columns=names)
+    drawn = real + random.normal(size=(400, 3))
+    table = feature_correlation(real, drawn, names)
+    np.testing.assert_allclose(correlate_plain(real, drawn), table["r"], rtol=1e-12)
+    embedding = CellProfilerEmbedding.fit(real)
+    x, y = embed_plain(real, drawn)
+    np.testing.assert_allclose(np.abs(x), np.abs(embedding.embed(real)), atol=1e-5)
+    distance = frechet_distance(Moments.of(x), Moments.of(y))
+    assert frechet_plain(x, y) == pytest.approx(distance, rel=1e-8)
+    kernel = kernel_distance(x, y, subset_size=200)
+    assert kernel_plain(x, y) == pytest.approx(kernel.mean, rel=0.2)

@@ -174,6 +174,7 @@ def test_the_report_is_a_folder_of_json_tables_and_pictures(folder, report):
     assert stored["protocol"]["wells"] == 12
     assert stored["correlation"]["model"]["mean_r"] == pytest.approx(1, abs=1e-6)
     assert set(stored["distances"]) == {"cp", "filterbank"}
+    assert {"reading", "measuring", "correlation"} <= set(stored["seconds"])
     assert "120 generated cells against the 120 real ones" in str(report)
     assert "100 % of" in str(report)
 

@@ -40,6 +40,10 @@ def _find(name: str, config: Config) -> Findings:
             from cp2image.benchmarks.measuring import benchmark_measure
 
             return benchmark_measure(config)
+        case "evaluate":
+            from cp2image.benchmarks.evaluating import benchmark_evaluate
+
+            return benchmark_evaluate(config)
         case "generate":
             from cp2image.benchmarks.generating import benchmark_generate
 

@@ -24,12 +24,30 @@ WELLS = 96
 
 
 def publish_cells(
-    patches: Patches, folder: str, count: int, *, plates: int = 1, part_size: int = ROW_GROUP
+    patches: Patches,
+    folder: str,
+    count: int,
+    *,
+    plates: int = 1,
+    part_size: int = ROW_GROUP,
+    name: str = "cells",
+    normalisation: str = "none",
 ) -> str:
-    """Publish ``count`` cells with all features that `measure` gives; return the dataset's URI."""
-    uri = join(folder, "cells")
+    """Publish ``count`` cells with all features that `measure` gives; return the dataset's URI.
+
+    ``name`` is its folder's, ``normalisation`` what the patches are in. The same ``count`` gives
+    the same identities, whatever the patches are.
+    """
+    uri = join(folder, name)
     names = feature_names(patches.channels)
-    kind = PatchFormat(patches.channels, patches.images.shape[-1], str(patches.images.dtype))
+    dtype = patches.images.dtype
+    kind = PatchFormat(
+        patches.channels,
+        patches.images.shape[-1],
+        str(dtype),
+        8 * dtype.itemsize,
+        normalisation,
+    )
     for plate in range(plates):
         label = f"P{plate + 1}"
         numbers = np.arange(plate, count, plates)
@@ -42,9 +60,9 @@ def publish_cells(
             images = patches.images[chosen % len(patches.images)]
             features = pd.DataFrame(values, columns=names)
             data = to_parquet(build_table(metadata, features, images, kind))
-            name = join(plate_folder(label), f"part-{len(parts):05d}.parquet")
-            write_bytes(join(uri, name), data)
-            parts.append(Part(name, len(chosen), len(data)))
+            file = join(plate_folder(label), f"part-{len(parts):05d}.parquet")
+            write_bytes(join(uri, file), data)
+            parts.append(Part(file, len(chosen), len(data)))
         account = {"in": len(numbers), "out": len(numbers)}
         manifest = Manifest(label, "benchmark", tuple(parts), account)
         write_bytes(manifest_uri(uri, label), manifest.to_json())

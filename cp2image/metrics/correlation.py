@@ -7,6 +7,7 @@ mergeable (Chan, Golub and LeVeque 1983), so shards and plates are added up in a
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ CONSTANT = 1e-6
 FAITHFUL = 0.5
 """The paper's threshold of r for a feature that is well kept."""
 LINEAR, CIRCULAR = "linear", "circular"
+_BLOCK = 2**17
+"""Numbers of a table that are summed up at once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,30 +74,29 @@ class PairedMoments:
         ColumnError
             If a feature is missing in either.
         """
-        if len(original) != len(generated):
-            raise EvaluationError(
-                f"{len(original)} original and {len(generated)} generated rows cannot be paired; "
-                "select the same cells in the same order"
-            )
-        names = compared_features(original) if features is None else tuple(features)
-        if not names:
-            raise EvaluationError("no CellProfiler measurement to correlate in the original table")
-        require_columns([str(c) for c in original.columns], names, "original features")
-        require_columns([str(c) for c in generated.columns], names, "generated features")
-        x, y = _numbers(original, names), _numbers(generated, names)
-        valid = np.isfinite(x) & np.isfinite(y)
-        n = valid.sum(axis=0).astype(np.float64)
-        dx, mean_x = _centre(x, valid, n)
-        dy, mean_y = _centre(y, valid, n)
-        m2 = np.stack([(dx * dx).sum(0), (dy * dy).sum(0), (dx * dy).sum(0)])
+        return cls._of(*_pair(original, generated, features))
+
+    @classmethod
+    def _of(
+        cls, names: tuple[str, ...], x: NDArray[np.float64], y: NDArray[np.float64]
+    ) -> "PairedMoments":
+        """Sum up matrices (N, F), few columns at a time: what is in between stays in the cache."""
         resultants = np.zeros((4, len(names)), dtype=np.complex128)
-        for index, period in enumerate(_periods(names)):
-            if period is not None:
-                keep = valid[:, index]
-                a, b = (2 * np.pi / period * v[keep, index] for v in (x, y))
-                turns = np.exp(1j * np.stack([a - b, a + b, 2 * a, 2 * b]))
-                resultants[:, index] = turns.sum(axis=1)
-        return cls(names, n, np.stack([mean_x, mean_y]), m2, resultants)
+        periods = _periods(names)
+        angles = [index for index, period in enumerate(periods) if period is not None]
+        if angles:
+            turn = np.array([periods[index] for index in angles], dtype=np.float64)
+            resultants[:, angles] = _add_turns(x[:, angles], y[:, angles], turn)
+        step = max(1, _BLOCK // max(1, len(x)))
+        cuts = [slice(start, start + step) for start in range(0, len(names), step)]
+        n, mean, m2 = zip(*(_sum_up(x[:, cut], y[:, cut]) for cut in cuts), strict=True)
+        return cls(
+            names,
+            np.concatenate(n),
+            np.concatenate(mean, axis=1),
+            np.concatenate(m2, axis=1),
+            resultants,
+        )
 
     def merge(self, other: "PairedMoments") -> "PairedMoments":
         """Return the sums over both sets of pairs.
@@ -184,10 +186,10 @@ def group_moments(
     """
     if len(groups) != len(original):
         raise EvaluationError(f"{len(groups)} group labels for {len(original)} rows")
-    names = compared_features(original) if features is None else tuple(features)
+    names, x, y = _pair(original, generated, features)
     labels = pd.Series([str(group) for group in groups])
     return {
-        str(label): PairedMoments.of(original.iloc[rows], generated.iloc[rows], names)
+        str(label): PairedMoments._of(names, x[rows], y[rows])
         for label, rows in labels.groupby(labels).indices.items()
     }
 
@@ -335,6 +337,45 @@ def _circular(n: NDArray[np.float64], resultants: NDArray[np.complex128]) -> NDA
     return np.where(varies, np.clip(top / bottom, -1, 1), np.nan)
 
 
+def _pair(
+    original: pd.DataFrame, generated: pd.DataFrame, features: Sequence[str] | None
+) -> tuple[tuple[str, ...], NDArray[np.float64], NDArray[np.float64]]:
+    """Return the compared features and their values in both tables, (N, F) each."""
+    if len(original) != len(generated):
+        raise EvaluationError(
+            f"{len(original)} original and {len(generated)} generated rows cannot be paired; "
+            "select the same cells in the same order"
+        )
+    names = compared_features(original) if features is None else tuple(features)
+    if not names:
+        raise EvaluationError("no CellProfiler measurement to correlate in the original table")
+    require_columns([str(c) for c in original.columns], names, "original features")
+    require_columns([str(c) for c in generated.columns], names, "generated features")
+    return names, _numbers(original, names), _numbers(generated, names)
+
+
+def _sum_up(
+    x: NDArray[np.float64], y: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Return count (F,), means (2, F) and centred sums of squares and products (3, F)."""
+    valid = np.isfinite(x) & np.isfinite(y)
+    n = valid.sum(axis=0).astype(np.float64)
+    dx, mean_x = _centre(x, valid, n)
+    dy, mean_y = _centre(y, valid, n)
+    m2 = np.stack([(dx * dx).sum(0), (dy * dy).sum(0), (dx * dy).sum(0)])
+    return n, np.stack([mean_x, mean_y]), m2
+
+
+def _add_turns(
+    x: NDArray[np.float64], y: NDArray[np.float64], periods: NDArray[np.float64]
+) -> NDArray[np.complex128]:
+    """Return the resultants (4, F) of angles (N, F), as `PairedMoments` has them."""
+    valid = np.isfinite(x) & np.isfinite(y)
+    angles = (2 * np.pi / periods * np.where(valid, v, 0.0) for v in (x, y))
+    a, b = (np.where(valid, np.exp(1j * angle), 0.0) for angle in angles)
+    return np.stack([(p * q).sum(axis=0) for p, q in ((a, b.conj()), (a, b), (a, a), (b, b))])
+
+
 def _centre(
     x: NDArray[np.float64], valid: NDArray[np.bool_], n: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -353,5 +394,6 @@ def _parse(name: str) -> Column:
     return column if column is not None else Column(name, "", "", name)
 
 
-def _periods(names: Sequence[str]) -> list[float | None]:
-    return [_parse(name).period for name in names]
+@lru_cache(maxsize=8)
+def _periods(names: tuple[str, ...]) -> tuple[float | None, ...]:
+    return tuple(_parse(name).period for name in names)

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import ArrayLike, NDArray
+from scipy.linalg import eigh
 from torch import Tensor
 from torch.nn import functional
 
@@ -354,10 +355,14 @@ class CellProfilerEmbedding:
             )
         x = _standardise(raw[:, varies], centre[varies], spread[varies], cls.CLIP)
         mean = x.mean(axis=0)
-        axes = np.linalg.svd(x - mean, full_matrices=False)[2] if len(x) <= x.shape[1] else None
-        if axes is None:
-            axes = np.linalg.eigh(np.cov(x, rowvar=False).reshape(len(kept), -1))[1].T[::-1]
-        return cls(columns, kept, centre[varies], spread[varies], mean, axes[:dimensions].copy())
+        if len(x) <= x.shape[1]:
+            axes = np.linalg.svd(x - mean, full_matrices=False)[2][:dimensions].copy()
+        else:
+            last = len(kept) - 1
+            covariance = np.cov(x, rowvar=False).reshape(len(kept), -1)
+            leading = [max(0, last + 1 - dimensions), last]
+            axes = np.ascontiguousarray(eigh(covariance, subset_by_index=leading)[1].T[::-1])
+        return cls(columns, kept, centre[varies], spread[varies], mean, axes)
 
     @property
     def dimension(self) -> int:
@@ -397,7 +402,7 @@ def _numbers(table: pd.DataFrame, columns: Sequence[str]) -> NDArray[np.float64]
         else:
             angle = np.where(np.isfinite(values), values * (2 * np.pi / column.period), np.nan)
             parts += [np.cos(angle), np.sin(angle)]
-    return np.stack(parts, axis=1) if parts else np.empty((len(table), 0))
+    return np.stack(parts).T if parts else np.empty((len(table), 0))  # columns are contiguous
 
 
 def _robust_scale(x: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -407,9 +412,12 @@ def _robust_scale(x: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[
     x = np.where(np.isfinite(x), x, np.nan)
     centre = np.nanmedian(x, axis=0)
     distance = np.abs(x - centre)
-    mad, deviation = 1.4826 * np.nanmedian(distance, axis=0), np.nanstd(x, axis=0)
+    spread = 1.4826 * np.nanmedian(distance, axis=0)
     least = 1e-6 * np.nanmax(np.abs(x), axis=0)
-    return centre, np.where(mad > least, mad, np.where(deviation > least, deviation, 0.0))
+    narrow = np.flatnonzero(~(spread > least))
+    deviation = np.nanstd(x[:, narrow], axis=0)
+    spread[narrow] = np.where(deviation > least[narrow], deviation, 0.0)
+    return centre, spread
 
 
 def _standardise(
