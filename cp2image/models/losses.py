@@ -12,27 +12,6 @@ def pixel_loss(original: Tensor, generated: Tensor) -> Tensor:
     return 0.5 * (original - generated).square().sum() / len(original)
 
 
-def hidden_losses(
-    original: Sequence[Tensor], generated: Sequence[Tensor], values_per_patch: int
-) -> Tensor:
-    """Return L_H,i = ½ · values · mean (h_i(x_orig) − h_i(x_gen))² for each layer.
-
-    Parameters
-    ----------
-    original, generated
-        The discriminator's hidden layers, each (N, c, h, w).
-    values_per_patch
-        Channels × height × width of a patch: brings the layers to the scale of `pixel_loss`.
-
-    Returns
-    -------
-    Tensor
-        One loss per layer, shape (layers,).
-    """
-    terms = [(o - g).square().mean() for o, g in zip(original, generated, strict=True)]
-    return 0.5 * values_per_patch * torch.stack(terms)
-
-
 def gamma_at(step: int, final: Sequence[float], ramp: int = 2500) -> list[float]:
     """Return γ_i(t) = γ_i · clip((t − ramp·i) / ramp, 0, 1) for i = 1 … len(final).
 
@@ -64,6 +43,8 @@ def hidden_gradients(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Return all L_H,i, and the gradient of Σ γ_i L_H,i with respect to each hidden layer.
 
+    L_H,i = ½ · values · mean (h_i(x_orig) − h_i(x_gen))².
+
     Parameters
     ----------
     hidden
@@ -71,7 +52,7 @@ def hidden_gradients(
     gamma
         γ_i of each layer.
     values_per_patch
-        As in `hidden_losses`.
+        Channels × height × width of a patch: brings the layers to the scale of `pixel_loss`.
 
     Returns
     -------

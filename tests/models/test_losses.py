@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from cp2image.models.losses import discriminator_loss, gamma_at, hidden_losses, pixel_loss
+from cp2image.models.losses import discriminator_loss, gamma_at, hidden_gradients, pixel_loss
 
 
 def test_pixel_loss_is_half_the_squared_difference_of_a_patch_averaged_over_the_batch():
@@ -26,8 +26,17 @@ def test_hidden_losses_are_half_the_patchs_values_times_the_mean_squared_differe
     for one, other in zip(original, generated, strict=True):
         squares = [(a - b) ** 2 for a, b in zip(one.flatten(), other.flatten(), strict=True)]
         expected.append(0.5 * (3 * 68 * 68) * sum(squares) / len(squares))
-    found = hidden_losses(original, generated, 3 * 68 * 68)
+    real = [torch.randn_like(layer) for layer in original]
+    hidden = [
+        torch.cat(three).requires_grad_() for three in zip(real, generated, original, strict=True)
+    ]
+    with torch.no_grad():
+        found, towards = hidden_gradients(hidden, (0.0, 2.0), 3 * 68 * 68)
     torch.testing.assert_close(found, torch.stack(expected))
+    assert towards[0] is None
+    difference = hidden[1][3:6] - hidden[1][6:]
+    loss = 2.0 * 0.5 * (3 * 68 * 68) * difference.square().mean()
+    torch.testing.assert_close(towards[1], torch.autograd.grad(loss, hidden[1])[0])
 
 
 def test_discriminator_loss_is_the_cross_entropy_of_its_probabilities():

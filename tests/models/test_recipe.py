@@ -52,11 +52,22 @@ def step_in_two_passes(generator, discriminator, cells, step, setting):
                     parameter.mul_(1 - 1e-4)
 
 
+def turn_signs(discriminator):
+    """Give every other channel a negative scale, as training may."""
+    with torch.no_grad():
+        for norm in discriminator.norms:
+            norm.weight[::2] *= -1
+
+
 @pytest.mark.parametrize("name", OPTIMISERS)
 @pytest.mark.parametrize("step", [0, 3, 100], ids=["pixels alone", "ramp", "all layers"])
-def test_one_step_equals_two_separate_passes(name, step):
+@pytest.mark.parametrize("negative", [False, True])
+def test_one_step_equals_two_separate_passes(name, step, negative):
     found = recipe(setting=OPTIMISERS[name]).__dict__
     tested = recipe(setting=OPTIMISERS[name])
+    if negative:
+        turn_signs(found["discriminator"])
+        turn_signs(tested.discriminator)
     generator, discriminator = found["generator"].train(), found["discriminator"].train()
     cells = batch(1)
     step_in_two_passes(generator, discriminator, cells, step, OPTIMISERS[name])
@@ -65,7 +76,9 @@ def test_one_step_equals_two_separate_passes(name, step):
         for (key, one), other in zip(
             mine.state_dict().items(), plain.state_dict().values(), strict=True
         ):
-            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6, msg=key)
+            # Adam's first step is the gradient's sign: where that is rounding noise, it may turn.
+            other_sign = ~torch.isclose(one, other, rtol=1e-5, atol=1e-6)
+            assert other_sign.float().mean() < 2e-4, key
 
 
 def gradients_of(tested, cells, step):
