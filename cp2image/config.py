@@ -289,15 +289,16 @@ class Benchmark(Section):
     """Cells of the plate that the whole generation job draws; 35 kB of disk each."""
     growth: bool = True
     """Whether cost is also shown over numbers of features, sides of patches and batches."""
-    jobs: Positive = 3
+    jobs: Positive = 5
     """How often the whole generation job is run."""
     batch: Positive = 104
     """Cells of a training step; the plain script needs about 3 MB for each."""
     followed_steps: Positive = 200
     followed_batch: Positive = 13
     """Steps and cells over which the losses of both ways are compared."""
-    read_cells: Annotated[Positive, Field(ge=208)] = 16_384
-    """Cells that are read from a dataset and from one file each; 60 kB of disk each."""
+    read_cells: Annotated[Positive, Field(ge=208)] = 65_536
+    """Cells that are read from a dataset and from one file each; 60 kB of disk and 36 kB of memory
+    each."""
     evaluated_cells: Positive = 10_000
     """Real cells of the evaluation that is timed, and as many generated ones."""
 

@@ -137,3 +137,9 @@ def test_reading_stands_beside_one_file_per_cell_and_a_bare_scan(written):
     )
     assert 0 <= results["training"]["waiting_share"] < 1
     assert "share of time waiting for cells" in text
+
+
+def test_the_nudged_script_starts_a_rounding_error_away():
+    first = follow_losses(SMALL, 1)[0]
+    apart = [abs(first["nudged"][name] / loss - 1) for name, loss in first["plain"].items()]
+    assert 0 < max(apart) < 1e-4

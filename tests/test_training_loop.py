@@ -9,12 +9,14 @@ import torch
 
 import cp2image
 from cp2image.checkpoint import load_model
+from cp2image.data.intensity import Intensity
 from cp2image.data.schema import decode_patches
 from cp2image.dataset import open_dataset
 from cp2image.errors import CheckpointError, TrainingError
 from cp2image.models.recipe import PaperRecipe
 from cp2image.tracking import NoRecorder
 from cp2image.training import fingerprint
+from cp2image.training_cells import CellArrays
 from cp2image.training_loop import TrainingLoop, read_state
 from tests.training_experiments import (
     CONSTANT,
@@ -165,6 +167,20 @@ def test_cells_are_normalised_and_scaled_as_the_checkpoint_says(plain):
     assert found.features.dtype == np.float32
     assert np.isfinite(found.features).all()
     assert np.abs(found.features).max() <= plan.config.scaling.clip
+
+
+@pytest.mark.parametrize(("channels", "kind"), [(1, np.uint8), (3, np.uint16), (5, np.uint16)])
+def test_any_number_of_channels_is_normalised(channels, kind):
+    random = np.random.default_rng(channels)
+    patches = random.integers(0, 250, (7, channels, 6, 5)).astype(kind)
+    patches[2, 0] = 0  # a channel without signal
+    limits = Intensity().limits(patches, [""] * 7, 255.0)
+    cells = CellArrays(patches, np.zeros((7, 2), np.float32), *limits, np.zeros(7, np.int64))
+    rows = np.array([6, 2, 2])
+    found = cells.normalised(rows, torch.device("cpu"))
+    expected = Intensity().apply(patches[rows], [""] * 3, 255.0)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6)
+    assert cells.normalised(rows[:0], torch.device("cpu")).shape == (0, channels, 6, 5)
 
 
 def test_constant_and_empty_features_are_left_out_and_holes_survive(plain):

@@ -109,8 +109,8 @@ def plan_of(config, recorder=None):
 
 def tables_of(plan):
     dataset = open_dataset(plan.config.train.input)
-    read = TrainingRead(dataset.ranges(30), plan.preparation)
-    return [read({"id": np.array([i])}) for i in range(len(dataset.ranges(30)))]
+    read = TrainingRead(dataset, plan.preparation, 30)
+    return [read({"id": np.array([i])}) for i in range(len(read.ranges))]
 
 
 def cells_of(plan, rank=0, world=1, tables=None, validation_cells=1000):

@@ -186,9 +186,14 @@ def decode_features(
 ) -> NDArray[Any]:
     """Return the named feature columns as a matrix, shape (N, len(names)), column by column."""
     columns = np.empty((len(names), table.num_rows), dtype=dtype)
-    for i, name in enumerate(names):
-        columns[i] = table.column(name).to_numpy()
+    for line, values in zip(columns, feature_columns(table, names), strict=True):
+        line[:] = values
     return columns.T
+
+
+def feature_columns(table: pa.Table, names: Sequence[str]) -> list[NDArray[Any]]:
+    """Return the named feature columns, N values each, without a copy if it can."""
+    return [table.column(name).to_numpy() for name in names]
 
 
 def decode_metadata(table: pa.Table) -> pd.DataFrame:

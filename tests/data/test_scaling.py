@@ -75,6 +75,27 @@ def test_missing_and_infinite_values_become_zero_and_the_rest_is_clipped():
     np.testing.assert_array_equal(scaling.apply(values, ["A", "A"]), [[0, 0, 0], [5, -5, 5]])
 
 
+@pytest.mark.parametrize("cells", [1, 2_064, 2_065])
+def test_more_cells_and_features_than_are_scaled_at_a_time(cells):
+    names = tuple(f"Nuclei_{k}" for k in range(65))
+    rng = np.random.default_rng(cells)
+    center, scale = rng.normal(size=(2, 65)), rng.uniform(0.5, 2, size=(2, 65))
+    scaling = Scaling(names, ("A",), center, scale, clip=5.0)
+    values = (3 * rng.normal(size=(cells, 65))).astype(np.float32)
+    plain = np.clip((values - center[0]) / scale[0], -5, 5).astype(np.float32)
+    np.testing.assert_array_equal(scaling.apply(values, ["A"] * cells), plain)
+    columns = [np.ascontiguousarray(column) for column in values.T]
+    np.testing.assert_array_equal(scaling.apply_columns(columns, ["A"] * cells), plain)
+
+
+def test_columns_that_do_not_fit_are_refused():
+    scaling = fit({"A": plate_values(1)})
+    with pytest.raises(DatasetError, match="2 columns for 3 cells"):
+        scaling.apply_columns([np.zeros(3), np.zeros(3)], ["A"] * 3)
+    with pytest.raises(DatasetError, match="a value for each cell"):
+        scaling.apply_columns([np.zeros(2)] * len(scaling.features), ["A"] * 3)
+
+
 def test_cells_of_mixed_plates_are_scaled_each_by_its_own():
     scaling = fit({"A": plate_values(1), "B": plate_values(2, shift=50)})
     values, plates = plate_values(3), ["A", "B", "new"] * 20
