@@ -31,13 +31,10 @@ from cp2image.data.schema import PatchFormat, decode_features, decode_metadata
 from cp2image.data.splits import Splits
 from cp2image.errors import CheckpointError, ColumnError, StorageError
 from cp2image.mlflow_store import mlflow_store
-from cp2image.models.cp2image import Generator
-from cp2image.models.folded_generator import FoldedGenerator
+from cp2image.models.presets import PRESETS, build_drawer
 from cp2image.storage import exists, join, name_of, read_bytes, write_bytes
 
 FORMAT_VERSION = 1
-PRESETS = ("paper",)
-"""Networks that a checkpoint's weights can belong to."""
 _PASS = {"cpu": 16, "cuda": 1024}
 """Cells per forward pass: on a CPU, what stays in its cache. Always the same on one kind of device,
 so that the batch a cell is in does not change it."""
@@ -101,10 +98,8 @@ class Model:
     ) -> None:
         self.card, self.scaling, self.intensity, self.splits = card, scaling, intensity, splits
         self.config, self.hash, self._device = config, model_hash, device
-        generator = Generator(len(scaling.features), len(card.channels), card.patch_size)
-        generator.load_state_dict(weights)
-        kind = torch.bfloat16 if bf16 else torch.float32
-        self._generator = FoldedGenerator(generator.eval(), kind).to(device)
+        sizes = (len(scaling.features), len(card.channels), card.patch_size)
+        self._drawer = build_drawer(card.preset, sizes, weights, device=device, bf16=bf16)
 
     @property
     def features(self) -> tuple[str, ...]:
@@ -134,7 +129,8 @@ class Model:
             identity columns (they seed a cell's noise); or an array (N, p) of the features in
             order.
         seed
-            Another seed is another draw; the published model has no noise and ignores it.
+            Another seed is another draw, of the same cells where their identity is known; the
+            ``paper`` model has no noise and ignores it.
 
         Returns
         -------
@@ -177,11 +173,14 @@ class Model:
         size = _PASS[torch.device(self._device).type]
         for start in range(0, len(scaled), size):
             part = full = scaled[start : start + size]
+            named = keys[start : start + size].astype(np.uint64).view(np.int64)
             if len(part) < size:
                 full = np.zeros((size, scaled.shape[1]), dtype=np.float32)
                 full[: len(part)] = part
+                named = np.pad(named, (0, size - len(part)))
+            features, names = (torch.from_numpy(x).to(self._device) for x in (full, named))
             with torch.inference_mode():
-                drawn = self._generator(torch.from_numpy(full).to(self._device))
+                drawn = self._drawer(features, names, seed)
                 pixels = drawn[: len(part)].clamp_(0, 1).mul_(255).round_().to(torch.uint8)
             out[start : start + len(part)] = pixels.cpu().numpy()
         return out

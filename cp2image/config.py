@@ -38,6 +38,7 @@ def _refuse_bool(value: Any) -> Any:
 Count = Annotated[int, Field(ge=0), BeforeValidator(_refuse_bool)]
 Positive = Annotated[int, Field(gt=0), BeforeValidator(_refuse_bool)]
 Amount = Annotated[float, Field(gt=0), BeforeValidator(_refuse_bool)]
+NotNegative = Annotated[float, Field(ge=0), BeforeValidator(_refuse_bool)]
 Share = Annotated[float, Field(ge=0, le=1), BeforeValidator(_refuse_bool)]
 Name = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
 
@@ -196,12 +197,33 @@ class Scaling(Section):
     """Further columns to leave out, by name or pattern (``*_ZernikePhase_*``)."""
 
 
+class Stochastic(Section):
+    """What the training of ``cp2image-s`` is made of; 0 switches a loss off."""
+
+    learning_rate: Amount = 4e-4
+    """Of both networks."""
+    pixel: NotNegative = 0.005
+    """Weight of L_MSE between a cell and the mean of its draws."""
+    draws: Positive = 1
+    """Draws of a cell whose mean L_MSE sees."""
+    regression: NotNegative = 0.5
+    """Weight of the features as the discriminator reads them from a patch."""
+    penalty: NotNegative = 1.0
+    """γ of the gradient penalties R1 + R2."""
+    penalty_every: Positive = 8
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Decay of the averaged generator per step."""
+
+
 class Train(Section):
     """One training run."""
 
     input: str = ""
     output: str = ""
-    preset: Literal["paper"] = "paper"
+    preset: Literal["paper", "cp2image-s"] = "paper"
+    """``paper`` is the published network; ``cp2image-s`` draws one of the cells that a profile
+    allows, see `Stochastic`."""
+    stochastic: Stochastic = Stochastic()
     optimiser: Literal["as_run", "as_named"] = "as_run"
     """The authors' code swaps two learning-rate names; ``as_run`` is what it executes."""
     learning_rate: Amount | None = None
@@ -218,7 +240,9 @@ class Train(Section):
     balance: Literal["treatment", "cell"] = "treatment"
     """Draw every treatment alike (the paper's way), or every cell alike: better where many
     treatments have a handful of cells, which would be seen again and again."""
-    normalisation: Literal["per_patch_max", "plate_percentile"] = "per_patch_max"
+    normalisation: Literal["per_patch_max", "plate_percentile"] | None = None
+    """Of patches. None: the paper's ``per_patch_max`` for ``paper``; ``plate_percentile`` for
+    ``cp2image-s``, which keeps what intensity features are about."""
     workers: Positive = 1
     threads: Positive | None = None
     """Torch threads per worker; None: the CPUs divided by the workers."""
@@ -229,6 +253,12 @@ class Train(Section):
     validation_cells: Positive = 1000
     checkpoint_every: Positive = 1000
     log_every: Positive = 20
+
+    @property
+    def intensity(self) -> str:
+        """The normalisation of patches, the preset's own where none is set."""
+        own = "per_patch_max" if self.preset == "paper" else "plate_percentile"
+        return self.normalisation or own
 
 
 class Generate(Section):

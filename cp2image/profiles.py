@@ -109,7 +109,7 @@ def prepare_profiles(dataset: CellDataset, config: Config) -> Preparation:
         scale=scaling.scale[:, kept],
         notes=tuple(note for note in scaling.notes if not note.startswith(gone)),
     )
-    intensity = _fit_intensity(dataset, splits, config.train.normalisation)
+    intensity = _fit_intensity(dataset, splits, config.train.intensity)
     counts = {part: len(keys) for part, keys in known.items() if len(keys)}
     return Preparation(splits, selection, scaling, intensity, treatments, counts, known)
 

@@ -17,13 +17,15 @@ from torch import Tensor
 
 from cp2image.checkpoint import ModelCard, save_checkpoint
 from cp2image.config import Config
-from cp2image.data.balance import Stream, TreatmentSampler
+from cp2image.data.balance import TreatmentSampler
 from cp2image.data.schema import PatchFormat
 from cp2image.errors import TrainingError
 from cp2image.figures.patches import figure_pairs
 from cp2image.models.data_parallel import average_over_ranks
 from cp2image.models.losses import pixel_loss
-from cp2image.models.recipe import OPTIMISERS, Batch, PaperRecipe, Recipe, part_of
+from cp2image.models.presets import STOCHASTIC
+from cp2image.models.recipe import OPTIMISERS, Batch, PaperRecipe, Recipe
+from cp2image.models.stochastic_recipe import StochasticRecipe, StochasticSetting
 from cp2image.profiles import Preparation
 from cp2image.storage import delete_tree, join, list_files, read_bytes, write_bytes
 from cp2image.tracking import Recorder
@@ -32,8 +34,9 @@ from cp2image.training_cells import CellArrays, load_cells
 STATES = "_resume"
 """Folder below a checkpoint with the states an interrupted run goes on from.
 
-A state is the networks, the optimisers and the step: nothing else in training is random, since
-`TreatmentSampler` draws each step's cells from the seed and the step alone.
+A state is the networks, the optimisers and the step: nothing else has to be kept, since
+`TreatmentSampler` draws each step's cells, and a recipe its noise, from the seed, the rank and the
+step alone.
 """
 
 
@@ -112,20 +115,7 @@ class TrainingLoop:
             treatments, size, seed, rank=rank, world=world, treatments_in_all=count
         )
         torch.manual_seed(seed)  # the same weights on every rank
-        setting = OPTIMISERS[settings.optimiser]
-        if settings.learning_rate is not None:
-            setting = replace(setting, generator=settings.learning_rate)
-        shape = plan.patch_format
-        self._recipe: Recipe = PaperRecipe(
-            train.features.shape[1],
-            len(shape.channels),
-            shape.size,
-            setting=setting,
-            gamma=settings.gamma,
-            gamma_ramp=settings.gamma_ramp,
-            bf16=settings.bf16,
-            device=self._device,
-        )
+        self._recipe = _build_recipe(plan, train.features.shape[1], self._device)
         self.step, self._seconds = 0, 0.0
         self._floor = _mean_image_loss(validation)
 
@@ -186,12 +176,14 @@ class TrainingLoop:
             self._show(values, progress.seconds)
 
     def _batch(self, step: int) -> Batch:
-        streams: tuple[Stream, Stream] = ("original", "real")
-        original, real = (self._sampler.draw(step, stream) for stream in streams)
+        original = self._sampler.draw(step, "original")
+        real = self._sampler.draw(step, "real") if self._recipe.needs_real else original[:0]
+        seed = np.random.SeedSequence([self._plan.config.run.seed, self._rank, step])
         return Batch(
             self._cells.normalised(original, self._device),
             self._cells.scaled(original, self._device),
             self._cells.normalised(real, self._device),
+            int(seed.generate_state(1)[0]),
         )
 
     def _average(self, gradients: Sequence[Tensor]) -> None:
@@ -221,18 +213,17 @@ class TrainingLoop:
     def _validate(self) -> dict[str, float]:
         if self._rank != 0 or not len(self._validation.patches):
             return {}
-        generator = self._recipe.generator.eval()
         losses = []
         rows = np.arange(len(self._validation.patches))
         with torch.inference_mode():
             for start in range(0, len(rows), 104):
                 chosen = rows[start : start + 104]
                 real = self._validation.normalised(chosen, self._device)
-                drawn = generator(self._validation.scaled(chosen, self._device)).clamp_(0, 1)
+                features = self._validation.scaled(chosen, self._device)
+                drawn = self._recipe.draw(features, torch.from_numpy(chosen).to(self._device))
                 losses.append(float(pixel_loss(real, drawn)) * len(chosen))
                 if start == 0:
                     self._draw(real[:10], drawn[:10])
-        generator.train()
         loss = sum(losses) / len(rows)
         metrics = {
             "validation/L_MSE": loss,
@@ -288,7 +279,7 @@ class TrainingLoop:
         self.step, self._seconds = int(about["step"]), float(about["seconds"])
 
     def _finish(self, metrics: dict[str, float]) -> None:
-        plan, state = self._plan, self._recipe.state()
+        plan, (generator, discriminator) = self._plan, self._recipe.published()
         shape, preparation = plan.patch_format, plan.preparation
         notes = {
             "scaling": list(preparation.scaling.notes),
@@ -307,10 +298,33 @@ class TrainingLoop:
             scaling=preparation.scaling,
             intensity=preparation.intensity,
             splits=preparation.splits,
-            generator=part_of(state, "generator"),
-            discriminator=part_of(state, "discriminator"),
+            generator=generator,
+            discriminator=discriminator,
             config=plan.config.yaml(),
         )
+
+
+def _build_recipe(plan: TrainingPlan, features: int, device: torch.device) -> Recipe:
+    settings, shape = plan.config.train, plan.patch_format
+    channels, side = len(shape.channels), shape.size
+    if settings.preset == STOCHASTIC:
+        made_of = StochasticSetting(**settings.stochastic.model_dump())
+        return StochasticRecipe(
+            features, channels, side, setting=made_of, bf16=settings.bf16, device=device
+        )
+    setting = OPTIMISERS[settings.optimiser]
+    if settings.learning_rate is not None:
+        setting = replace(setting, generator=settings.learning_rate)
+    return PaperRecipe(
+        features,
+        channels,
+        side,
+        setting=setting,
+        gamma=settings.gamma,
+        gamma_ramp=settings.gamma_ramp,
+        bf16=settings.bf16,
+        device=device,
+    )
 
 
 class _Ahead:

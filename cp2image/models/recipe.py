@@ -30,21 +30,36 @@ class Batch:
     features
         Their scaled features, (N, p).
     real
-        A second, independent draw of patches, (N, C, H, W).
+        A second, independent draw of patches, (N, C, H, W); none where a recipe needs none.
+    seed
+        Of all that is random in the step.
     """
 
     original: Tensor
     features: Tensor
     real: Tensor
+    seed: int = 0
 
 
 class Recipe(Protocol):
-    """What training, checkpoints and generation need of a model."""
+    """What training, checkpoints and generation need of a model.
 
-    generator: nn.Module
+    Attributes
+    ----------
+    needs_real
+        Whether a step needs a second draw of patches.
+    """
+
+    needs_real: bool
 
     def step(self, batch: Batch, step: int, average: Average) -> dict[str, Tensor]:
         """Train on one batch; return named losses as scalars."""
+
+    def draw(self, features: Tensor, keys: Tensor, seed: int = 0) -> Tensor:
+        """Draw patches (N, C, H, W) in [0, 1] from scaled features, as the checkpoint will."""
+
+    def published(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the weights of a checkpoint's generator and discriminator."""
 
     def state(self) -> dict[str, Tensor]:
         """Return everything that resuming needs, flat, by name."""
@@ -88,6 +103,7 @@ class PaperRecipe:
         Where the networks live; on CPUs with channels last, which is twice as fast there.
     """
 
+    needs_real = True
     decay = 1e-4
 
     def __init__(
@@ -169,31 +185,48 @@ class PaperRecipe:
         losses = {f"L_H{i}": layer for i, layer in enumerate(layers, start=1)}
         return {"L_MSE": pixel, **losses, "L_generator": total, "L_Dis": adversary}
 
+    def draw(self, features: Tensor, keys: Tensor, seed: int = 0) -> Tensor:
+        """Draw from scaled features in evaluation mode; there is no noise to key."""
+        self.generator.eval()
+        drawn: Tensor = self.generator(features).clamp_(0, 1)
+        return drawn
+
+    def published(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the weights a checkpoint holds: generator, discriminator."""
+        return self.generator.state_dict(), self.discriminator.state_dict()
+
     def state(self) -> dict[str, Tensor]:
         """Return networks and optimisers, flat."""
         found = {f"generator.{k}": v for k, v in self.generator.state_dict().items()}
         found |= {f"discriminator.{k}": v for k, v in self.discriminator.state_dict().items()}
-        for name, optimiser in self._optimisers().items():
-            for i, entry in optimiser.state_dict()["state"].items():
-                found |= {f"{name}.{i}.{k}": v for k, v in entry.items() if v is not None}
-        return found
+        found |= optimiser_state("generator_optimiser", self.generator_optimiser)
+        return found | optimiser_state("discriminator_optimiser", self.discriminator_optimiser)
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take back networks and optimisers, from any device."""
         self.generator.load_state_dict(part_of(state, "generator"))
         self.discriminator.load_state_dict(part_of(state, "discriminator"))
-        for name, optimiser in self._optimisers().items():
-            entries: dict[int, dict[str, Tensor]] = {}
-            for key, value in part_of(state, name).items():
-                index, _, field = key.partition(".")
-                entries.setdefault(int(index), {})[field] = value
-            optimiser.load_state_dict({**optimiser.state_dict(), "state": entries})
+        load_optimiser(state, "generator_optimiser", self.generator_optimiser)
+        load_optimiser(state, "discriminator_optimiser", self.discriminator_optimiser)
 
-    def _optimisers(self) -> dict[str, torch.optim.Optimizer]:
-        return {
-            "generator_optimiser": self.generator_optimiser,
-            "discriminator_optimiser": self.discriminator_optimiser,
-        }
+
+def optimiser_state(name: str, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return an optimiser's tensors, flat, under ``name.``."""
+    return {
+        f"{name}.{i}.{k}": v
+        for i, entry in optimiser.state_dict()["state"].items()
+        for k, v in entry.items()
+        if v is not None
+    }
+
+
+def load_optimiser(state: dict[str, Tensor], name: str, optimiser: torch.optim.Optimizer) -> None:
+    """Take back what `optimiser_state` returned."""
+    entries: dict[int, dict[str, Tensor]] = {}
+    for key, value in part_of(state, name).items():
+        index, _, field = key.partition(".")
+        entries.setdefault(int(index), {})[field] = value
+    optimiser.load_state_dict({**optimiser.state_dict(), "state": entries})
 
 
 def part_of(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:

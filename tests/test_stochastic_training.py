@@ -1,0 +1,101 @@
+"""cp2image-s through the training loop, the checkpoint and the model that draws."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import cp2image
+from cp2image.config import Config
+from cp2image.errors import ConfigError
+from tests.training_experiments import (
+    assert_same_weights,
+    experiment,
+    plan_of,
+    run_loop,
+    write_dataset,
+)
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def cells(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("training") / "cells")
+
+
+def settings(folder, cells, **more):
+    own = {"preset": "cp2image-s", "learning_rate": None, "steps": STEPS} | more
+    return experiment(folder, cells, **own)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, cells):
+    config = settings(tmp_path_factory.mktemp("runs") / "whole", cells)
+    run_loop(plan_of(config))
+    return config
+
+
+@pytest.fixture(scope="module")
+def model(trained):
+    return cp2image.load(trained.train.output)
+
+
+def profiles(model, count=5):
+    values = np.random.default_rng(0).normal(size=(count, len(model.features)))
+    frame = pd.DataFrame(values, columns=list(model.features))
+    return frame.assign(
+        Metadata_Plate="P1",
+        Metadata_Well="A01",
+        Metadata_Site=1,
+        Metadata_ImageNumber=1,
+        Metadata_ObjectNumber=np.arange(count) + 1,
+    )
+
+
+def test_checkpoint_says_what_it_holds(model):
+    assert model.card.preset == "cp2image-s"
+    assert model.intensity.kind == "plate_percentile"
+    assert model.card.metrics["validation/L_MSE"] > 0
+
+
+def test_the_published_network_keeps_its_own_normalisation(trained):
+    assert Config().train.intensity == "per_patch_max"
+    assert trained.train.intensity == "plate_percentile"
+    chosen = trained.train.model_copy(update={"normalisation": "per_patch_max"})
+    assert chosen.intensity == "per_patch_max"
+
+
+def test_a_seed_is_a_draw_and_a_cell_keeps_its_noise(model):
+    frame = profiles(model)
+    drawn = model.generate(frame, seed=1)
+    np.testing.assert_array_equal(model.generate(frame, seed=1), drawn)
+    assert (model.generate(frame, seed=2) != drawn).any(axis=(1, 2, 3)).all()
+    for rows in ([3], [4, 0], [2, 1, 3]):
+        np.testing.assert_array_equal(model.generate(frame.iloc[rows], seed=1), drawn[rows])
+
+
+def test_cells_of_the_same_profile_differ(model):
+    frame = profiles(model)
+    same = frame.assign(**{name: frame[name].iloc[0] for name in model.features})
+    drawn = model.generate(same)
+    assert len({patch.tobytes() for patch in drawn}) == len(same)
+
+
+def test_an_interrupted_run_ends_as_an_undisturbed_one(tmp_path, cells, trained):
+    run_loop(plan_of(settings(tmp_path / "run", cells, steps=STEPS - 4)))
+    config = settings(tmp_path / "run", cells)
+    run_loop(plan_of(config))
+    assert_same_weights(config, trained)
+
+
+def test_parts_can_be_switched_off(tmp_path, cells, trained):
+    off = {"pixel": 0.0, "regression": 0.0, "penalty": 0.0, "ema": 0.0}
+    config = settings(tmp_path / "off", cells, stochastic=off)
+    run_loop(plan_of(config))
+    with pytest.raises(AssertionError):
+        assert_same_weights(config, trained)
+
+
+def test_settings_that_make_no_sense_are_refused(tmp_path, cells):
+    with pytest.raises((ConfigError, ValueError), match="ema"):
+        settings(tmp_path / "x", cells, stochastic={"ema": 1.0})
