@@ -71,9 +71,7 @@ def benchmark_input(config: Config) -> Findings:
             ):
                 _touch(dataset.rows * _BYTES)
                 taken[name] = take_sample(call)
-            taken |= {
-                "later pass": take_sample(_pass, held[-1], turn),
-            }
+            taken["later pass"] = take_sample(_pass, held[-1], turn)
             for workers in _WORKERS:
                 taken[f"one file, {workers} workers"] = take_sample(_load, files, workers)
             for name, sample in taken.items():
