@@ -42,8 +42,10 @@ _FREE = (
 """Settings that may change between an interrupted run and its resumption; the data may move."""
 _READ_CPUS = 0.1
 """Share of a CPU that each of Ray Data's reading tasks asks for, beside the training workers."""
-_RANGES_PER_TASK = 4
-"""Ranges that a task reads one after the other: between tasks, Ray Data waits up to 0.2 s."""
+_READ_THREADS = 2
+"""Threads of a reading task; with more, each waits for Python's lock."""
+_RANGES_PER_TASK = 16
+"""Ranges of a reading task: Ray Data takes a second to start a second one, and 0.1 s between."""
 _BLOCK_BYTES = 32 * 2**20
 """Size of the pieces that a task hands over: the less lies about, the faster."""
 
@@ -268,13 +270,14 @@ def _fit(plan: TrainingPlan, dataset: CellDataset) -> None:
 
 def read_cells(dataset: CellDataset, preparation: Preparation, config: Config) -> ray.data.Dataset:
     """Return the cells to train and validate on as Ray Data reads them, see `TrainingRead`."""
-    read = TrainingRead(dataset, preparation, config.cluster.cells_per_task)
-    count = len(read.ranges)
-    tasks = max(2, int(ray.cluster_resources().get("CPU", 1.0)) // config.train.workers)
-    blocks = min(count, max(2 * tasks, count // _RANGES_PER_TASK))
+    cpus = max(1, int(ray.cluster_resources().get("CPU", 1.0)) // config.train.workers)
+    threads = min(_READ_THREADS, cpus)
+    read = TrainingRead(dataset, preparation, config.cluster.cells_per_task, threads)
+    count, tasks = len(read.ranges), cpus // threads
+    blocks = min(count, max(tasks, count // _RANGES_PER_TASK))
     rows = ray.data.from_items([{"id": i} for i in range(count)], override_num_blocks=blocks)
     cells = rows.map_batches(
-        read, batch_size=1, num_cpus=_READ_CPUS, compute=TaskPoolStrategy(size=tasks)
+        read, batch_size=None, num_cpus=_READ_CPUS, compute=TaskPoolStrategy(size=tasks)
     )
     cells.context.target_max_block_size = _BLOCK_BYTES
     return cells

@@ -1,6 +1,8 @@
 """The cells a training worker holds in memory. Floor: beside training."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -39,6 +41,8 @@ class TrainingRead:
         Says how, and which cells are not wanted.
     cells
         Most cells of a range.
+    threads
+        Ranges that a task reads side by side, and so the most it holds but one.
 
     Attributes
     ----------
@@ -46,14 +50,23 @@ class TrainingRead:
         All of them, in order; a batch names them by their numbers.
     """
 
-    def __init__(self, dataset: CellDataset, preparation: Preparation, cells: int) -> None:
+    def __init__(
+        self, dataset: CellDataset, preparation: Preparation, cells: int, threads: int = 1
+    ) -> None:
         self.ranges, self._preparation = dataset.ranges(cells), preparation
+        self._threads = threads
         self._columns = [*dataset.metadata, *preparation.scaling.features, PATCH]
 
-    def __call__(self, batch: Mapping[str, NDArray[Any]]) -> pa.Table:
-        """Read the ranges numbered ``batch["id"]``; cells to test on are left out."""
-        tables = [self._read(self.ranges[int(i)]) for i in batch["id"]]
-        return pa.concat_tables(tables)
+    def __call__(self, batch: Mapping[str, NDArray[Any]]) -> Iterator[pa.Table]:
+        """Yield the ranges numbered ``batch["id"]`` in order, without cells to test on."""
+        under_way: deque[Future[pa.Table]] = deque()
+        with ThreadPoolExecutor(self._threads) as pool:
+            for number in batch["id"]:
+                under_way.append(pool.submit(self._read, self.ranges[int(number)]))
+                if len(under_way) > self._threads:
+                    yield under_way.popleft().result()
+            while under_way:
+                yield under_way.popleft().result()
 
     def _read(self, cells: CellRange) -> pa.Table:
         scaling = self._preparation.scaling

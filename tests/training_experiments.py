@@ -110,7 +110,7 @@ def plan_of(config, recorder=None):
 def tables_of(plan):
     dataset = open_dataset(plan.config.train.input)
     read = TrainingRead(dataset, plan.preparation, 30)
-    return [read({"id": np.array([i])}) for i in range(len(read.ranges))]
+    return list(read({"id": np.arange(len(read.ranges))}))
 
 
 def cells_of(plan, rank=0, world=1, tables=None, validation_cells=1000):
