@@ -6,6 +6,7 @@ take the files the manifests name and no others.
 """
 
 import json
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -250,8 +251,18 @@ def _version(uri: str) -> tuple[Any, Any]:
     return info.size, info.mtime_ns
 
 
-@lru_cache(maxsize=2)
+class _OpenFiles(threading.local):
+    """The Parquet files a thread has open: pyarrow's readers are for one thread each."""
+
+    def __init__(self) -> None:
+        self.open = lru_cache(maxsize=2)(_open)
+
+
 def _parquet(uri: str, version: tuple[Any, Any]) -> pq.ParquetFile:
+    return _open_files.open(uri, version)
+
+
+def _open(uri: str, version: tuple[Any, Any]) -> pq.ParquetFile:
     files, path = filesystem(uri)
     try:  # pre_buffer joins the reads of neighbouring columns into few large ones
         return pq.ParquetFile(files.open_input_file(path), pre_buffer=True)
@@ -260,3 +271,6 @@ def _parquet(uri: str, version: tuple[Any, Any]) -> pq.ParquetFile:
             f"{uri}: damaged Parquet file ({error}); remove the plate's manifest and publish it "
             "again"
         ) from error
+
+
+_open_files = _OpenFiles()

@@ -38,6 +38,9 @@ from cp2image.staging import STAGING, stage_plate
 from cp2image.storage import delete_tree, join
 from cp2image.tracking import record, tracking_uri
 
+_THREADS = 4
+"""Units that an actor draws side by side: they share the weights, in memory and in its caches."""
+
 
 def generate(config: Config) -> Publication:
     """Draw one patch per cell of ``generate.input`` and publish them as a dataset.
@@ -73,6 +76,7 @@ def generate(config: Config) -> Publication:
                 label="generate",
                 inputs=wanted.inputs,
                 gpus_per_task=1.0 if settings.gpu else 0.0,
+                threads=1 if settings.gpu else _THREADS,
             )
         finally:
             delete_tree(staging)

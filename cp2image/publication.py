@@ -8,6 +8,8 @@ bytes again, so faults can neither lose nor double a cell.
 """
 
 import json
+import math
+import threading
 import traceback
 import warnings
 from collections import Counter, defaultdict
@@ -145,6 +147,7 @@ def publish(
     left_out: Mapping[str, Mapping[str, int]] | None = None,
     refused: Mapping[str, str] | None = None,
     gpus_per_task: float = 0.0,
+    threads: int = 1,
 ) -> Publication:
     """Run ``factory()`` on every unit of every unpublished plate and publish plate by plate.
 
@@ -170,6 +173,9 @@ def publish(
         Plate → why it cannot be done; it counts as failed and its units are not tried.
     gpus_per_task
         Share of a GPU that each actor takes.
+    threads
+        Most units that an actor works on side by side, if what ``factory()`` makes allows that;
+        it then takes the CPUs of as many tasks.
 
     Raises
     ------
@@ -188,7 +194,15 @@ def publish(
         filled = [known for known in done.values() if known.parts]
         columns = _columns(read_schema(uri, filled[0])) if filled else ""
         job = _Job(
-            uri, folder, fingerprint, label, gpus_per_task, columns, inputs or {}, left_out or {}
+            uri,
+            folder,
+            fingerprint,
+            label,
+            gpus_per_task,
+            threads,
+            columns,
+            inputs or {},
+            left_out or {},
         )
         fresh, broken = _run(job, work, factory, config.cluster)
         accounts |= fresh
@@ -220,6 +234,7 @@ class _Job:
     fingerprint: str
     label: str
     gpus: float
+    threads: int
     columns: str
     inputs: Mapping[str, str]
     left_out: Mapping[str, Mapping[str, int]]
@@ -231,6 +246,7 @@ class _Worker:
     def __init__(self, factory: Callable[[], Process], folder: str) -> None:
         self._factory, self._folder = factory, folder
         self._process: Process | None = None
+        self._starting = threading.Lock()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, str]:
         number = int(row["number"])
@@ -244,8 +260,9 @@ class _Worker:
         return {"record": json.dumps(asdict(record))}
 
     def _work(self, number: int, unit: CellRange) -> UnitRecord:
-        if self._process is None:
-            self._process = self._factory()
+        with self._starting:
+            if self._process is None:
+                self._process = self._factory()
         outcome = self._process(unit)
         table = outcome.table
         data = to_parquet(table) if table.num_rows else b""
@@ -278,7 +295,9 @@ def _run(
     with tqdm(total=sum(u.rows for u in work), desc=job.label, unit=" cells", mininterval=1) as bar:
         for left in reversed(range(cluster.retries + 1)):
             again = []
-            for record in _map(pending, work, factory, job, cluster):
+            # What is tried again works alone: what kills its process must not take others along.
+            threads = job.threads if left == cluster.retries else 1
+            for record in _map(pending, work, factory, job, cluster, threads):
                 unit = work[record.number]
                 error = record.error or _lost_cells(unit, record) or _other_columns(columns, record)
                 if record.error and left and not record.final:
@@ -308,12 +327,13 @@ def _map(
     factory: Callable[[], Process],
     job: _Job,
     cluster: Cluster,
+    threads: int,
 ) -> Iterator[UnitRecord]:
     """Run units on a pool of actors; yield one record of each, in any order."""
     import ray
 
-    room = int(ray.cluster_resources().get("CPU", 1) // cluster.cpus_per_task)
-    size = max(1, min(cluster.tasks or room, room, len(numbers)))
+    room, threads = _room(cluster, threads)
+    size = max(1, min(room, len(numbers)) // threads)
     items = [{"number": n, "unit": json.dumps(asdict(work[n]))} for n in numbers]
     rows = ray.data.from_items(items, override_num_blocks=len(items))
     with warnings.catch_warnings():  # there is no other way yet to limit the retries of a crash
@@ -322,9 +342,14 @@ def _map(
             _Worker,
             fn_constructor_args=(factory, job.folder),
             compute=ray.data.ActorPoolStrategy(
-                min_size=1, initial_size=size, max_size=size, max_tasks_in_flight_per_actor=2
+                min_size=1,
+                initial_size=size,
+                max_size=size,
+                max_tasks_in_flight_per_actor=2 * threads,
+                enable_true_multi_threading=threads > 1,
+                max_concurrent_calls_per_actor=threads,
             ),
-            num_cpus=cluster.cpus_per_task,
+            num_cpus=cluster.cpus_per_task * threads,
             num_gpus=job.gpus or None,
             max_task_retries=_CRASHES,
         )
@@ -340,6 +365,22 @@ def _map(
             error=f"part {work[number].index}: the process died each time it worked on it, perhaps "
             "for want of memory; give tasks more CPUs or fewer cells (cluster.cells_per_task)",
         )
+
+
+def _room(cluster: Cluster, threads: int) -> tuple[int, int]:
+    """Return how many units may be worked on at once, and how many of them in one actor.
+
+    Actors of several threads have to fill the nodes and ``cluster.tasks`` without remainder.
+    """
+    import ray
+
+    cpus = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+    places = [n for n in (int(count // cluster.cpus_per_task) for count in cpus) if n]
+    room = sum(places) or 1
+    if cluster.tasks:
+        room = min(cluster.tasks, room)
+    common = math.gcd(room, *places)
+    return room, max(n for n in range(1, max(1, threads) + 1) if common % n == 0)
 
 
 def _lost_cells(unit: CellRange, record: UnitRecord) -> str:
