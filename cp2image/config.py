@@ -20,6 +20,7 @@ from pydantic import (
     Field,
     StringConstraints,
     ValidationError,
+    model_validator,
 )
 
 from cp2image.columns import CATEGORIES, nearest
@@ -98,6 +99,12 @@ def _unique(names: _Names) -> _Names:
     if twice:
         raise ValueError(f"{twice[0]!r} stands twice; every channel is its own image")
     return names
+
+
+def _unique_seeds(seeds: list[int]) -> list[int]:
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"{seeds}: a seed stands twice, and would count twice")
+    return seeds
 
 
 class Stacks(Section):
@@ -195,6 +202,9 @@ class Scaling(Section):
     categories: list[str] = [c for c in CATEGORIES if c != "Location"]
     drop: list[str] = []
     """Further columns to leave out, by name or pattern (``*_ZernikePhase_*``)."""
+    max_correlation: Share | None = None
+    """Of two features that correlate more than this over training cells, the second is left out.
+    None: 1 (all stay) for the ``paper`` preset, 0.98 for ``cp2image-s``."""
 
 
 class Stochastic(Section):
@@ -254,6 +264,17 @@ class Train(Section):
     checkpoint_every: Positive = 1000
     log_every: Positive = 20
 
+    @model_validator(mode="after")
+    def _refuse_the_other_presets(self) -> "Train":
+        papers = ("optimiser", "learning_rate", "gamma", "gamma_ramp")
+        for name in ("stochastic",) if self.preset == "paper" else papers:
+            if getattr(self, name) != Train.model_fields[name].get_default():
+                raise ValueError(
+                    f"{name} is not a setting of the preset {self.preset!r}: leave it out, or "
+                    "choose the other preset"
+                )
+        return self
+
     @property
     def intensity(self) -> str:
         """The normalisation of patches, the preset's own where none is set."""
@@ -292,9 +313,29 @@ class Evaluate(Section):
     inception_weights: Annotated[str, Field(min_length=1)] | None = None
     """URI of the FID Inception network's weights (safetensors or a torch state dict)."""
     families: list[str] | None = None
+    draws: Count = 4
+    """Further draws of 200 cells, to see which features they agree in; 0: none. ``paper`` has no
+    noise, and so none."""
+    training_cells: Count = 10_000
+    """Most training cells among which the nearest to each generated one is looked for, to see
+    whether cells were copied; 0: none."""
     shuffle_control: bool = True
     checkpoint: str = ""
     """The generator for the shuffle control; empty: the run's own."""
+
+
+_System = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
+
+
+class Compare(Section):
+    """Several systems trained on the same cells and scored on the same held-out ones."""
+
+    systems: dict[
+        Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")], dict[str, Any]
+    ] = {}
+    """Name → sections with the settings in which it differs, as ``{train: {preset: paper}}``."""
+    seeds: Annotated[list[Count], Field(min_length=1), AfterValidator(_unique_seeds)] = [0, 1, 2]
+    output: str = ""
 
 
 class Benchmark(Section):
@@ -357,8 +398,15 @@ class Config(Section):
     train: Train = Train()
     generate: Generate = Generate()
     evaluate: Evaluate = Evaluate()
+    compare: Compare = Compare()
     benchmark: Benchmark = Benchmark()
     tracking: Tracking = Tracking()
+
+    @property
+    def max_correlation(self) -> float:
+        """Largest correlation of two features that both stay, the preset's own where unset."""
+        own = 1.0 if self.train.preset == "paper" else 0.98
+        return own if self.scaling.max_correlation is None else self.scaling.max_correlation
 
     def resolve(self) -> "Config":
         """Fill every empty URI from ``run.folder``; explicit ones stay."""
@@ -381,6 +429,7 @@ class Config(Section):
                 "output": join(folder, "report"),
                 "checkpoint": join(folder, "checkpoint"),
             },
+            "compare": {"output": join(folder, "comparison")},
             "benchmark": {"output": join(folder, "benchmark")},
         }
         data = self.model_dump()
@@ -452,6 +501,7 @@ _PATHS = {
     "train": ["input", "output"],
     "generate": ["input", "checkpoint", "output"],
     "evaluate": ["real", "generated", "output", "checkpoint", "inception_weights"],
+    "compare": ["output"],
     "benchmark": ["output"],
 }
 

@@ -18,12 +18,14 @@ from cp2image.columns import COMPOUND, CONCENTRATION, PLATE, WELL
 from cp2image.config import Config, Evaluate
 from cp2image.data.identity import cell_keys
 from cp2image.data.schema import decode_metadata
+from cp2image.data.splits import TRAIN
 from cp2image.dataset import CellDataset, open_dataset
 from cp2image.errors import EvaluationError
-from cp2image.evaluation_sets import EvaluationSet, gather_cells
+from cp2image.evaluation_scores import Copies, score_sets
+from cp2image.evaluation_sets import EvaluationSet, gather_cells, patches_of
 from cp2image.figures.canvas import save
 from cp2image.figures.curves import best_features, correlation_boxes, correlation_curve
-from cp2image.figures.patches import figure_pairs
+from cp2image.figures.patches import figure_pairs, figure_rows
 from cp2image.metrics.correlation import (
     bootstrap_correlation,
     compared_features,
@@ -31,13 +33,12 @@ from cp2image.metrics.correlation import (
     group_moments,
     summarise_correlation,
 )
-from cp2image.metrics.embedding import CellProfilerEmbedding
-from cp2image.metrics.frechet import Moments, frechet_distance, kernel_distance
 from cp2image.stopwatch import Stopwatch
 from cp2image.storage import join, write_bytes
 from cp2image.tracking import record, tracking_uri
 
 _SHOWN = 24
+_SHOWN_DRAWS = 12
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,18 @@ class Report:
         Share of features with r > 0.5, mean r and so on, for the model, the ceiling (real patches
         against the input table) and the shuffle control.
     distances
-        Embedding → Fréchet and kernel distances, with the real-against-real floor.
+        Embedding → Fréchet and kernel distances, with the real-against-real floor; precision,
+        recall, density and coverage.
+    beside
+        ``moa``, ``consistency``, ``copies``: see `cp2image.evaluation_scores`; what could not be
+        found out is not there.
     """
 
     uri: str
     protocol: dict[str, Any]
     correlation: dict[str, Any]
     distances: dict[str, Any] = field(default_factory=dict)
+    beside: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         n = self.protocol["cells"]
@@ -75,7 +81,27 @@ class Report:
                 f"  Fréchet distance, {name} ({found['dimension']} dimensions): "
                 f"{found['frechet']:.3g} at n = {n:,}; at n = {found['half_n']:,}: "
                 f"{found['frechet_half']:.3g} against a real-real floor of "
-                f"{found['floor_half']:.3g}"
+                f"{found['floor_half']:.3g}; recall {found['recall']:.2f}, coverage "
+                f"{found['coverage']:.2f} (real cells: {found['recall_floor']:.2f}, "
+                f"{found['coverage_floor']:.2f})"
+            )
+        if "moa" in self.beside:
+            real, drawn = (self.beside["moa"][name]["nsc"] for name in ("real", "generated"))
+            lines.append(
+                f"  mechanism of action, NSC over {drawn['treatments']} treatments: "
+                f"{100 * drawn['accuracy']:.0f} % generated, {100 * real['accuracy']:.0f} % real"
+            )
+        if "consistency" in self.beside:
+            found = self.beside["consistency"]
+            lines.append(
+                f"  spread over {found['draws']} draws: {100 * found['median_spread']:.0f} % of "
+                f"the spread over cells in the median feature"
+            )
+        if "copies" in self.beside:
+            found = self.beside["copies"]
+            lines.append(
+                f"  nearest training cell: {found['generated_over_real']:.2f} × as far from "
+                "generated cells as from real ones of the same wells (copies: far below 1)"
             )
         return "\n".join(lines)
 
@@ -114,11 +140,11 @@ def evaluate(config: Config, watch: Stopwatch | None = None) -> Report:
             pairs = _pair(real, generated, model, settings)
         print(f"evaluate: {len(pairs):,} cells in both sets", flush=True)
         with watch.part("moving"):
-            sets = gather_cells(
-                config, model, real, generated, pairs, _spread(pairs, _SHOWN), watch
-            )
+            training = _training_keys(real, model, pairs, settings.training_cells)
+            shown = _spread(pairs, _SHOWN)
+            sets = gather_cells(config, model, real, generated, pairs, shown, training, watch)
         with watch.part("writing"):
-            report = _report(config, model, sets, watch)
+            report = _report(config, model, (real, generated), sets, watch)
         recorder.metrics(_flat(report))
         recorder.folder(settings.output, "report")
     return report
@@ -159,7 +185,25 @@ def _keyed(dataset: CellDataset, plates: list[str]) -> pd.DataFrame:
     return frame.assign(key=cell_keys(frame))
 
 
-def _report(config: Config, model: Model, sets: EvaluationSet, watch: Stopwatch) -> Report:
+def _training_keys(
+    real: CellDataset, model: Model, pairs: pd.DataFrame, limit: int
+) -> NDArray[np.uint64]:
+    """Return the smallest keys of the training split; none if the compared cells are of it."""
+    none = np.empty(0, dtype=np.uint64)
+    if not limit or (model.splits.of(pairs) == TRAIN).any():
+        return none
+    known = _keyed(real, sorted(real.manifests))
+    keys = known.loc[model.splits.of(known) == TRAIN, "key"].to_numpy(dtype=np.uint64)
+    return np.sort(keys)[:limit]
+
+
+def _report(
+    config: Config,
+    model: Model,
+    datasets: tuple[CellDataset, CellDataset],
+    sets: EvaluationSet,
+    watch: Stopwatch,
+) -> Report:
     settings = config.evaluate
     out = settings.output
     names = list(compared_features(sets.real.measured))
@@ -179,7 +223,7 @@ def _report(config: Config, model: Model, sets: EvaluationSet, watch: Stopwatch)
             parts = group_moments(real, drawn, groups, names)
             interval = bootstrap_correlation(parts, resamples=200)
         summary["model"]["interval_95_by_well"] = interval.summary
-    distances = _distances(config, sets, watch)
+    scores = score_sets(config, sets, watch)
     protocol = {
         "cells": len(sets.cells),
         "plates": sorted(sets.cells[PLATE].astype(str).unique()),
@@ -197,17 +241,25 @@ def _report(config: Config, model: Model, sets: EvaluationSet, watch: Stopwatch)
         "ceiling": "features of the real patches against the same features in the input table",
         "checkpoint": {"uri": settings.checkpoint, "sha256": model.hash, "steps": model.card.steps},
     }
-    report = Report(out, protocol, summary, distances)
+    report = Report(out, protocol, summary, scores.distances, scores.beside)
     with watch.part("pictures"):
         _draw(out, model, sets, tables)
+        if scores.copies is not None:
+            _draw_copies(out, model, *datasets, scores.copies)
+        if sets.draws:
+            _draw_draws(out, config, model, sets)
     for name, found in tables.items():
         text = found.sort_values("r", ascending=False).to_csv(index=False)
         write_bytes(join(out, f"correlation_{name.replace(' ', '_')}.csv"), text.encode())
+    for name, found in scores.tables.items():
+        write_bytes(join(out, f"{name}.csv"), found.to_csv().encode())
     write_bytes(join(out, "_config.yaml"), config.yaml().encode())
     content = {
         "protocol": protocol,
         "correlation": summary,
-        "distances": distances,
+        "distances": scores.distances,
+        **scores.beside,
+        "shown": sets.cells["key"].iloc[sets.shown].tolist(),
         "seconds": watch.seconds,
     }
     write_bytes(join(out, "report.json"), json.dumps(content, indent=1, default=str).encode())
@@ -245,69 +297,28 @@ def _spread(cells: pd.DataFrame, count: int) -> NDArray[np.int64]:
     return order.to_numpy()[:count]
 
 
-def _distances(config: Config, sets: EvaluationSet, watch: Stopwatch) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name in config.evaluate.embeddings:
-        if name == "cp":
-            found[name] = _cp_distances(sets, watch)
-        else:
-            with watch.part("distances"):
-                vectors = [part.embedded[name] for part in (sets.real, sets.generated)]
-                found[name] = {**_compare(*vectors), **sets.protocols[name]}
-    return found
-
-
-def _cp_distances(sets: EvaluationSet, watch: Stopwatch) -> dict[str, Any]:
-    """Distances in measured features, of the cells in both of whose patches a nucleus was found."""
-    real, drawn = sets.real.measured, sets.generated.measured
-    complete = (real.notna().any(axis=1) & drawn.notna().any(axis=1)).to_numpy()
-    with watch.part("embedding"):
-        embedding = CellProfilerEmbedding.fit(real[complete])
-        vectors = [embedding.embed(part[complete]) for part in (real, drawn)]
-    with watch.part("distances"):
-        found = {**_compare(*vectors), **embedding.protocol}
-    if sets.shuffled is not None:
-        sound = sets.shuffled.notna().any(axis=1).to_numpy() & complete[sets.shuffled_rows]
-        places = (np.cumsum(complete) - 1)[sets.shuffled_rows[sound]]
-        with watch.part("embedding"):
-            shuffled = embedding.embed(sets.shuffled[sound])
-        with watch.part("distances"):
-            held, plain, control = (
-                Moments.of(part) for part in (vectors[0][places], vectors[1][places], shuffled)
-            )
-            found["shuffle_control"] = {
-                "n": int(sound.sum()),
-                "frechet": frechet_distance(held, plain, allow_singular=True),
-                "frechet_shuffled": frechet_distance(held, control, allow_singular=True),
-            }
-    return found
-
-
-def _compare(real: NDArray[np.float32], drawn: NDArray[np.float32]) -> dict[str, Any]:
-    """Distances at full size, and at half size beside the floor of real against real.
-
-    Half the real cells stand against the other half (the floor) and against the generated cells
-    of that other half, so floor and distance have the same size and the same wells.
-    """
-    order = np.random.default_rng(0).permutation(len(real))
-    first, second = order[0::2], order[1::2]
-    small = len(second) <= real.shape[1]
-    kernel = kernel_distance(real, drawn)
-    floor = kernel_distance(real[first], real[second])
-    half = [Moments.of(part) for part in (real[first], real[second], drawn[second])]
-    return {
-        "n": len(real),
-        "dimension": real.shape[1],
-        "frechet": frechet_distance(Moments.of(real), Moments.of(drawn), allow_singular=small),
-        "half_n": len(second),
-        "frechet_half": frechet_distance(half[0], half[2], allow_singular=small),
-        "floor_half": frechet_distance(half[0], half[1], allow_singular=small),
-        "singular": small,
-        "kernel": kernel.mean,
-        "kernel_standard_error": kernel.standard_error,
-        "kernel_floor": floor.mean,
-        "kernel_floor_standard_error": floor.standard_error,
+def _draw_copies(
+    out: str, model: Model, real: CellDataset, generated: CellDataset, copies: Copies
+) -> None:
+    """Show the generated cells that are nearest to a training cell, and those cells."""
+    rows = {
+        "generated": patches_of(generated, model, copies.keys),
+        "nearest training cell": patches_of(real, model, copies.training_keys),
     }
+    titles = [f"{distance:.2f}" for distance in copies.relative]
+    save(figure_rows(rows, model.channels, titles=titles), join(out, "nearest_training_cells.png"))
+
+
+def _draw_draws(out: str, config: Config, model: Model, sets: EvaluationSet) -> None:
+    """Show some cells and several draws of each."""
+    rows = sets.shown[:_SHOWN_DRAWS]
+    plates = sets.cells[PLATE].astype(str).iloc[rows].tolist()
+    scaled = model.scaling.apply(sets.generated.table.iloc[rows].to_numpy(), plates)
+    keys = sets.cells["key"].to_numpy(dtype=np.uint64)[rows]
+    pictures = {"real": sets.real.patches[:_SHOWN_DRAWS]}
+    for turn in range(config.evaluate.draws):
+        pictures[f"draw {turn + 1}"] = model.draw(scaled, keys, config.run.seed + 1 + turn)
+    save(figure_rows(pictures, model.channels), join(out, "draws.png"))
 
 
 def _flat(report: Report) -> dict[str, float]:
@@ -320,4 +331,12 @@ def _flat(report: Report) -> dict[str, float]:
     for name, found in report.distances.items():
         for key in ("frechet", "frechet_half", "floor_half", "kernel", "kernel_floor"):
             values[f"distance/{name}/{key}"] = float(found[key])
+        for key in ("precision", "recall", "density", "coverage"):
+            if key in found:
+                values[f"distance/{name}/{key}"] = float(found[key])
+    for name, found in report.beside.get("moa", {}).items():
+        values[f"moa/{name}/nsc"] = float(found["nsc"]["accuracy"])
+    for name, key in (("consistency", "median_spread"), ("copies", "generated_over_real")):
+        if name in report.beside:
+            values[f"{name}/{key}"] = float(report.beside[name][key])
     return values

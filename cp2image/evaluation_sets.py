@@ -25,12 +25,16 @@ from cp2image.data.schema import (
     decode_patches,
 )
 from cp2image.dataset import CellDataset, CellRange, read_range
+from cp2image.errors import DatasetError
 from cp2image.metrics.embedding import FilterBank, InceptionEmbedding, quantise
 from cp2image.metrics.measurement import measure
+from cp2image.models.presets import STOCHASTIC
 from cp2image.stopwatch import Stopwatch
 from cp2image.tracking import tracking_uri
 
 _CONTROL_CELLS = 2_000
+_DRAWN_AGAIN = 200
+"""Cells that are drawn several times, to see how far draws differ."""
 _CELLS_PER_TASK = 256
 """Fewest cells of a unit, where there are that many."""
 
@@ -80,6 +84,14 @@ class EvaluationSet:
         Features measured on cells drawn from permuted feature rows; None without the control.
     shuffled_rows
         Rows of ``cells`` that the shuffled ones stand in for.
+    draws
+        Features measured on further draws of some cells, one table per draw.
+    drawn_rows
+        Rows of ``cells`` that were drawn again.
+    training
+        Embedding → vectors of cells the model was trained on, in the order of `training_keys`.
+    training_keys
+        Their keys.
     """
 
     cells: pd.DataFrame
@@ -89,6 +101,10 @@ class EvaluationSet:
     protocols: dict[str, dict[str, Any]]
     shuffled: pd.DataFrame | None = None
     shuffled_rows: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    draws: list[pd.DataFrame] = field(default_factory=list)
+    drawn_rows: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    training: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    training_keys: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
 
 
 def gather_cells(
@@ -98,6 +114,7 @@ def gather_cells(
     generated: CellDataset,
     cells: pd.DataFrame,
     shown: NDArray[np.int64],
+    training: NDArray[np.uint64],
     watch: Stopwatch,
 ) -> EvaluationSet:
     """Normalise, measure and embed both sets on the cluster.
@@ -114,6 +131,8 @@ def gather_cells(
         Metadata of the cells to compare with their ``key``, sorted by it.
     shown
         Rows of ``cells`` whose patches are wanted.
+    training
+        Keys of training cells to embed beside, sorted.
     watch
         Is told what the workers do.
 
@@ -124,12 +143,16 @@ def gather_cells(
     """
     keys = cells["key"].to_numpy()
     plates = sorted(cells[PLATE].astype(str).unique())
-    requested = list(model.features) if config.evaluate.shuffle_control else []
+    redraws = config.evaluate.shuffle_control or config.evaluate.draws > 1
+    requested = list(model.features) if redraws else []
     wanted = ((real, real.features), (generated, requested))
     sources = [
         _Source(dataset.patch_format, dataset.metadata, columns, keys, keys[shown])
         for dataset, columns in wanted
     ]
+    if len(training):
+        source = _Source(real.patch_format, real.metadata, [], training, training[:0], False)
+        sources.append(source)
     total = 2 * len(keys)
     workers = _Workers(config, partial(_Work, config, sources), -(-total // _CELLS_PER_TASK))
     units = [
@@ -138,18 +161,84 @@ def gather_cells(
         for unit in dataset.ranges(_unit_size(total, workers.size), plates)
     ]
     parts = workers.map(units, "measure", total, watch)
-    seen, drawn = (_assemble(parts, number, source) for number, source in enumerate(sources))
+    seen, drawn = (_assemble(parts, number, sources[number]) for number in (0, 1))
     protocols = {name: e.protocol for name, e in _embeddings(config, len(model.channels)).items()}
     found = EvaluationSet(cells, shown, seen, drawn, protocols)
-    if config.evaluate.shuffle_control:
-        rows, source = _permute(cells)
+    seed = config.run.seed
+
+    def redraw(
+        rows: NDArray[np.int64], source: NDArray[np.int64], seeds: Sequence[int]
+    ) -> list[pd.DataFrame]:
+        """Draw cells from features of others, with each seed, and measure each of these sets."""
         plate = cells[PLATE].astype(str).iloc[rows].tolist()
         scaled = model.scaling.apply(drawn.table.iloc[source].to_numpy(), plate)
         cuts = [slice(k, k + _CELLS_PER_TASK) for k in range(0, len(rows), _CELLS_PER_TASK)]
-        redraws = [_Redraw(cut.start, scaled[cut], keys[rows[cut]]) for cut in cuts]
-        parts = workers.map(redraws, "shuffle control", len(rows), watch)
-        found.shuffled, found.shuffled_rows = _assemble_drawn(parts), rows
+        units = [
+            _Redraw(turn * len(rows) + cut.start, scaled[cut], keys[rows[cut]], one)
+            for turn, one in enumerate(seeds)
+            for cut in cuts
+        ]
+        label = "shuffle control" if len(seeds) == 1 else "further draws"
+        table = _assemble_drawn(workers.map(units, label, len(rows) * len(seeds), watch))
+        return [
+            table.iloc[start : start + len(rows)].reset_index(drop=True)
+            for start in range(0, len(table), len(rows))
+        ]
+
+    if config.evaluate.shuffle_control:
+        rows, other = _permute(cells)
+        (found.shuffled,), found.shuffled_rows = redraw(rows, other, [seed]), rows
+    draws = config.evaluate.draws
+    if draws > 1 and model.card.preset == STOCHASTIC:
+        rows = np.sort(np.random.default_rng(1).permutation(len(cells))[:_DRAWN_AGAIN])
+        found.drawn_rows = rows
+        found.draws = redraw(rows, rows, [seed + 1 + turn for turn in range(draws)])
+    if len(training):
+        size = _unit_size(len(training), workers.size)
+        units = [_Unit(2, unit) for unit in real.ranges(size)]
+        beside = workers.map(units, "training cells", len(training), watch)
+        near = _assemble(beside, 2, sources[2])
+        found.training, found.training_keys = near.embedded, training
     return found
+
+
+def patches_of(dataset: CellDataset, model: Model, keys: NDArray[np.uint64]) -> NDArray[np.uint8]:
+    """Return the patches of some cells as they are compared, in the order of ``keys``.
+
+    Parameters
+    ----------
+    dataset
+        Where they are; only row groups that hold one are read.
+    model
+        Its normalisation is applied to patches at acquisition scale.
+    keys
+        Of the cells, (N,).
+
+    Returns
+    -------
+    NDArray
+        (N, C, H, W).
+
+    Raises
+    ------
+    DatasetError
+        If a cell is not there.
+    """
+    form, found = dataset.patch_format, dict[int, NDArray[np.uint8]]()
+    for cells in dataset.ranges(ROW_GROUP):
+        metadata = decode_metadata(read_range(cells, dataset.metadata))
+        own = cell_keys(metadata)
+        rows = np.flatnonzero(np.isin(own, keys))
+        if len(rows):
+            patches = decode_patches(read_range(cells, [PATCH]).take(pa.array(rows)), form)
+            if form.normalisation == "none":
+                plates = metadata[PLATE].astype(str).iloc[rows].tolist()
+                patches = model.intensity.apply(patches, plates, form.full_scale)
+            found |= dict(zip(own[rows].tolist(), quantise(patches), strict=True))
+    missing = [key for key in keys.tolist() if key not in found]
+    if missing:
+        raise DatasetError(f"{dataset.uri}: {len(missing)} cells are gone since it was opened")
+    return np.stack([found[key] for key in keys.tolist()])
 
 
 def _unit_size(cells: int, workers: int) -> int:
@@ -194,6 +283,7 @@ class _Source:
     columns: list[str]
     keys: NDArray[np.uint64]
     shown: NDArray[np.uint64]
+    measured: bool = True
 
 
 @dataclass(frozen=True)
@@ -206,11 +296,12 @@ class _Unit:
 
 @dataclass(frozen=True)
 class _Redraw:
-    """Cells of the control to draw and measure: scaled features (n, p), keys (n,)."""
+    """Cells to draw and measure: scaled features (n, p), keys (n,)."""
 
     start: int
     scaled: NDArray[np.float32]
     keys: NDArray[np.uint64]
+    seed: int
 
 
 class _Work:
@@ -245,7 +336,9 @@ class _Work:
                 patches = self._model.intensity.apply(patches, plates, form.full_scale)
             pixels = quantise(patches)
         with watch.part("measuring"):
-            measured = _measure(pixels, form.channels, self._config)
+            measured = pd.DataFrame(index=range(len(pixels)))
+            if source.measured:
+                measured = _measure(pixels, form.channels, self._config)
         with watch.part("embedding"):
             embedded = {name: one.embed(pixels) for name, one in self._embeddings.items()}
         with watch.part("moving"):
@@ -255,9 +348,10 @@ class _Work:
             ]
             columns = {
                 "key": pa.array(keys, type=pa.uint64()),
-                "measured": _rows(measured.to_numpy(dtype=np.float32)),
                 PATCH: pa.array(wanted, type=pa.binary()),
             }
+            if source.measured:
+                columns["measured"] = _rows(measured.to_numpy(dtype=np.float32))
             if source.columns:
                 columns["table"] = _rows(features)
             for name, vectors in embedded.items():
@@ -267,7 +361,7 @@ class _Work:
 
     def _draw(self, unit: _Redraw) -> pa.Table:
         with self._watch.part("control: drawing"):
-            pixels = self._model.draw(unit.scaled, unit.keys, self._config.run.seed)
+            pixels = self._model.draw(unit.scaled, unit.keys, unit.seed)
         with self._watch.part("control: measuring"):
             measured = _measure(pixels, self._model.channels, self._config)
         found = pa.table({"measured": _rows(measured.to_numpy(dtype=np.float32))})
@@ -298,11 +392,13 @@ def _assemble(tables: Sequence[pa.Table], number: int, source: _Source) -> Measu
         if patch is not None
     }
     shown = b"".join(patches[key] for key in source.shown.tolist())
-    table = _matrix(found, "table") if source.columns else np.empty((len(found), 0), np.float32)
+    nothing = np.empty((len(found), 0), np.float32)
+    table = _matrix(found, "table") if source.columns else nothing
+    values = _matrix(found, "measured") if source.measured else nothing
     names = [name for name in found.column_names if name.startswith("embedded_")]
     return MeasuredCells(
         pd.DataFrame(table, columns=source.columns),
-        pd.DataFrame(_matrix(found, "measured"), columns=measured),
+        pd.DataFrame(values, columns=measured),
         np.frombuffer(shown, np.uint8).reshape(-1, *source.patch_format.shape),
         {name.removeprefix("embedded_"): _matrix(found, name) for name in names},
     )

@@ -36,7 +36,7 @@ from cp2image.figures.plates import plate_overview
 from cp2image.publication import Publication, publish
 from cp2image.staging import STAGING, stage_plate
 from cp2image.storage import delete_tree, join
-from cp2image.tracking import record, tracking_uri
+from cp2image.tracking import record_beside, tracking_uri
 
 _THREADS = 4
 """Units that an actor draws side by side: they share the weights, in memory and in its caches."""
@@ -61,7 +61,7 @@ def generate(config: Config) -> Publication:
     mark = _fingerprint(config, model)
     join_cluster(config.cluster)
     staging = join(settings.output, STAGING)
-    with record(config, "generate") as recorder:
+    with record_beside(config, "generate") as recorder:
         try:
             find = _from_dataset if read_manifests(settings.input) else _from_table
             wanted = find(config, model, staging)
@@ -74,6 +74,7 @@ def generate(config: Config) -> Publication:
                 config,
                 mark,
                 label="generate",
+                ready=recorder.opened,
                 inputs=wanted.inputs,
                 gpus_per_task=1.0 if settings.gpu else 0.0,
                 threads=1 if settings.gpu else _THREADS,

@@ -12,7 +12,7 @@ from cp2image.dataset import CellRange, open_dataset, read_range
 from cp2image.errors import MeasurementError
 from cp2image.metrics.measurement import feature_names, measure
 from cp2image.publication import Outcome, Publication, publish
-from cp2image.tracking import record
+from cp2image.tracking import record_beside
 
 NO_NUCLEUS = "no_nucleus"
 
@@ -44,10 +44,17 @@ def measure_dataset(config: Config) -> Publication:
     mark = config.fingerprint("measure")
     inputs = {plate: manifest.identity for plate, manifest in dataset.manifests.items()}
     units = dataset.ranges(config.cluster.cells_per_task)
-    with record(config, "measure") as recorder:
+    with record_beside(config, "measure") as recorder:
         factory = partial(_Measure, config, dataset.patch_format, dataset.metadata)
         result = publish(
-            settings.output, units, factory, config, mark, label="measure", inputs=inputs
+            settings.output,
+            units,
+            factory,
+            config,
+            mark,
+            label="measure",
+            ready=recorder.opened,
+            inputs=inputs,
         )
         recorder.metrics({f"cells/{name}": value for name, value in result.totals.items()})
     return result

@@ -26,7 +26,7 @@ from cp2image.errors import ColumnError, ConfigError, Cp2ImageError, FieldError,
 from cp2image.publication import Outcome, Publication, finished_plates, publish
 from cp2image.staging import STAGING, stage_plate
 from cp2image.storage import delete_tree, join, read_bytes, write_bytes
-from cp2image.tracking import record
+from cp2image.tracking import record_beside
 
 _SOURCE, _Y, _X = "source_", "center_y", "center_x"
 _BORDER = "border"
@@ -67,7 +67,7 @@ def prepare(config: Config) -> Publication:
     published = set(finished_plates(settings.output, mark))
     join_cluster(config.cluster)
     staging = join(settings.output, STAGING)
-    with record(config, "prepare") as recorder:
+    with record_beside(config, "prepare") as recorder:
         try:
             find = _stage_tables if settings.tables else _stage_stacks
             staged = find(config, staging, published)
@@ -82,6 +82,7 @@ def prepare(config: Config) -> Publication:
                 config,
                 mark,
                 label="prepare",
+                ready=recorder.opened,
                 left_out=staged.left_out,
                 refused=refused,
             )

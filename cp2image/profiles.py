@@ -15,13 +15,20 @@ from cp2image.data.identity import cell_keys, treatment_names
 from cp2image.data.intensity import Intensity, IntensityFit
 from cp2image.data.scaling import KeyedSample, Scaling, ScalingFit, is_control
 from cp2image.data.schema import PATCH, decode_features, decode_metadata, decode_patches
-from cp2image.data.selection import FeatureStatistics, Selection, select_features
+from cp2image.data.selection import (
+    FeatureStatistics,
+    Selection,
+    drop_near_duplicates,
+    select_features,
+)
 from cp2image.data.splits import SPLITS, TRAIN, Splits, fit_splits
 from cp2image.dataset import CellDataset
 from cp2image.errors import DatasetError
 
 _OTHERS = 1_000
 """Cells per plate, other than controls, that the global scaling may fall back on."""
+_CORRELATED = 4_096
+"""Training cells over which near-duplicate features are looked for."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +84,12 @@ def prepare_profiles(dataset: CellDataset, config: Config) -> Preparation:
     names = measured_features(dataset)
     splits, treatments, known = _split(dataset, config)
     statistics = FeatureStatistics(len(names))
+    limit = config.max_correlation
+    numbered = KeyedSample(len(names) + 1, _CORRELATED)
     fit = ScalingFit(names, config.scaling)
     held_out: dict[str, KeyedSample] = {}
-    for plate in sorted(dataset.manifests):
+    plates = sorted(dataset.manifests)
+    for plate in plates:
         controls = KeyedSample(len(names))
         others = KeyedSample(len(names), _OTHERS)
         all_controls = KeyedSample(len(names))
@@ -91,6 +101,9 @@ def prepare_profiles(dataset: CellDataset, config: Config) -> Preparation:
             controls.add(keys[train & control], values[train & control])
             others.add(keys[train & ~control], values[train & ~control])
             statistics.add(values[train])
+            if limit < 1:
+                number = np.full((np.count_nonzero(train), 1), plates.index(plate), np.float32)
+                numbered.add(keys[train], np.hstack([values[train], number]))
         if others.seen or controls.seen:
             fit.add_plate(plate, controls.values, controls.keys, others.values, others.keys)
         else:
@@ -100,6 +113,11 @@ def prepare_profiles(dataset: CellDataset, config: Config) -> Preparation:
     for plate, sample in held_out.items():
         if sample.seen >= config.scaling.min_controls:
             scaling = scaling.with_plate(plate, sample.values)
+    if limit < 1:
+        known_plates = [plates[int(number)] for number in numbered.values[:, -1]]
+        scaled = scaling.apply(numbered.values[:, :-1], known_plates)
+        chosen = scaled[:, [names.index(name) for name in selection.kept]]
+        selection = drop_near_duplicates(selection, chosen, limit)
     kept = [names.index(name) for name in selection.kept]
     gone = tuple(f"{name}:" for name in selection.dropped)
     scaling = replace(

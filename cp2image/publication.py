@@ -143,6 +143,7 @@ def publish(
     fingerprint: str,
     *,
     label: str,
+    ready: Callable[[], object] = lambda: None,
     inputs: Mapping[str, str] | None = None,
     left_out: Mapping[str, Mapping[str, int]] | None = None,
     refused: Mapping[str, str] | None = None,
@@ -165,6 +166,8 @@ def publish(
         Tells outputs of other settings apart.
     label
         Shown on the progress bar.
+    ready
+        Called when the first unit has come back, and before any plate is published; may raise.
     inputs
         Plate → what tells its input apart from an earlier one.
     left_out
@@ -204,7 +207,7 @@ def publish(
             inputs or {},
             left_out or {},
         )
-        fresh, broken = _run(job, work, factory, config.cluster)
+        fresh, broken = _run(job, work, factory, config.cluster, ready)
         accounts |= fresh
         failed |= broken
     result = Publication(uri, dict(sorted(accounts.items())), tuple(sorted(done)))
@@ -281,7 +284,11 @@ def _columns(schema: pa.Schema) -> str:
 
 
 def _run(
-    job: _Job, work: list[CellRange], factory: Callable[[], Process], cluster: Cluster
+    job: _Job,
+    work: list[CellRange],
+    factory: Callable[[], Process],
+    cluster: Cluster,
+    ready: Callable[[], object],
 ) -> tuple[dict[str, dict[str, int]], dict[str, str]]:
     """Return the accounts of the plates published and the reasons of those that failed."""
     numbers: dict[str, list[int]] = defaultdict(list)
@@ -298,6 +305,7 @@ def _run(
             # What is tried again works alone: what kills its process must not take others along.
             threads = job.threads if left == cluster.retries else 1
             for record in _map(pending, work, factory, job, cluster, threads):
+                ready()
                 unit = work[record.number]
                 error = record.error or _lost_cells(unit, record) or _other_columns(columns, record)
                 if record.error and left and not record.final:

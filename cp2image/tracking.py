@@ -6,7 +6,8 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
 class Recorder(Protocol):
     """One run that a job records into."""
 
-    run_id: str
+    @property
+    def run_id(self) -> str:
+        """MLflow's; empty without."""
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Record numbers."""
@@ -38,6 +41,9 @@ class Recorder(Protocol):
 
     def folder(self, uri: str, name: str) -> None:
         """Record every file of a folder."""
+
+    def opened(self) -> "Recorder":
+        """Wait until the run is open; raise StorageError if that fails."""
 
 
 class NoRecorder:
@@ -54,6 +60,10 @@ class NoRecorder:
     def folder(self, uri: str, name: str) -> None:
         """Do nothing."""
 
+    def opened(self) -> "NoRecorder":
+        """Return itself."""
+        return self
+
 
 @dataclass
 class MlflowRecorder:
@@ -66,6 +76,10 @@ class MlflowRecorder:
         from mlflow import MlflowClient
 
         return MlflowClient(self.tracking_uri)
+
+    def end(self, status: str) -> None:
+        """Close the run as FINISHED or FAILED."""
+        self._client().set_terminated(self.run_id, status)
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Record numbers in one request; NaN is left out, since not every store takes it."""
@@ -92,6 +106,10 @@ class MlflowRecorder:
                 target.write_bytes(read_bytes(file))
             self._client().log_artifacts(self.run_id, scratch, name)
 
+    def opened(self) -> "MlflowRecorder":
+        """Return itself."""
+        return self
+
 
 def tracking_uri(config: Config) -> str:
     """Return the MLflow store of an experiment: configured, from the environment, or sqlite."""
@@ -117,6 +135,71 @@ def record(config: Config, step: str, run_id: str = "") -> Iterator[Recorder]:
     if not config.tracking.enabled:
         yield NoRecorder()
         return
+    recorder = _open(config, step, run_id)
+    try:
+        yield recorder
+    except BaseException:
+        recorder.end("FAILED")
+        raise
+    recorder.end("FINISHED")
+
+
+class LateRecorder:
+    """Opens its run on a thread; what is asked of it waits until that has happened."""
+
+    def __init__(self, config: Config, step: str) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._opening = self._pool.submit(_open, config, step, "")
+        self._pool.shutdown(wait=False)
+
+    def opened(self) -> MlflowRecorder:
+        """Return the open run.
+
+        Raises
+        ------
+        StorageError
+            If the MLflow store cannot be reached.
+        """
+        return self._opening.result()
+
+    @property
+    def run_id(self) -> str:
+        """MLflow's."""
+        return self.opened().run_id
+
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        """Record numbers."""
+        self.opened().metrics(values, step)
+
+    def picture(self, figure: "Figure", name: str) -> None:
+        """Record a picture."""
+        self.opened().picture(figure, name)
+
+    def folder(self, uri: str, name: str) -> None:
+        """Record every file of a folder."""
+        self.opened().folder(uri, name)
+
+
+@contextmanager
+def record_beside(config: Config, step: str) -> Iterator[Recorder]:
+    """Do as `record`, but let the block begin while MLflow is imported and its run opened.
+
+    That takes seconds, as do the workers that the block starts meanwhile.
+    """
+    if not config.tracking.enabled:
+        yield NoRecorder()
+        return
+    recorder = LateRecorder(config, step)
+    try:
+        yield recorder
+    except BaseException:
+        with suppress(StorageError):  # the block's own error is the one to tell
+            recorder.opened().end("FAILED")
+        raise
+    recorder.opened().end("FINISHED")
+
+
+def _open(config: Config, step: str, run_id: str) -> MlflowRecorder:
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
@@ -139,21 +222,16 @@ def record(config: Config, step: str, run_id: str = "") -> Iterator[Recorder]:
         )
         tags = {"cp2image.step": step, "mlflow.runName": f"{config.run.name}-{step}"}
         run = _existing(client, run_id) or client.create_run(experiment, tags=tags)
+        recorder = MlflowRecorder(uri, run.info.run_id)
+        if recorder.run_id != run_id:
+            _log_parameters(client, recorder.run_id, config, step)
     except (MlflowException, OSError) as error:
         raise StorageError(
             f"MLflow at {_without_secret(uri)} does not answer: {error}; check "
             "run.folder (where it is SQLite), MLFLOW_TRACKING_URI, user and password, or set "
             "tracking.enabled=false"
         ) from error
-    recorder = MlflowRecorder(uri, run.info.run_id)
-    if recorder.run_id != run_id:
-        _log_parameters(client, recorder.run_id, config, step)
-    try:
-        yield recorder
-    except BaseException:
-        client.set_terminated(recorder.run_id, "FAILED")
-        raise
-    client.set_terminated(recorder.run_id, "FINISHED")
+    return recorder
 
 
 def _existing(client: Any, run_id: str) -> Any:

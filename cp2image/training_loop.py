@@ -161,7 +161,7 @@ class TrainingLoop:
                     self._average_statistics()
                     self._save_state(progress.seconds)
         if self._rank == 0:
-            self._finish(metrics or self._validate())
+            self._finish(metrics or self._validate(), progress.seconds)
 
     def _log(self, progress: "_Progress") -> None:
         """Record the mean losses of all ranks since the last time."""
@@ -278,7 +278,7 @@ class TrainingLoop:
         self._recipe.load_state(state)
         self.step, self._seconds = int(about["step"]), float(about["seconds"])
 
-    def _finish(self, metrics: dict[str, float]) -> None:
+    def _finish(self, metrics: dict[str, float], seconds: float) -> None:
         plan, (generator, discriminator) = self._plan, self._recipe.published()
         shape, preparation = plan.patch_format, plan.preparation
         notes = {
@@ -287,6 +287,8 @@ class TrainingLoop:
             "cells": preparation.counts,
             "treatments": len(preparation.treatments),
             "fingerprint": plan.fingerprint,
+            "seconds": seconds,
+            "cells_seen": self.step * self._sampler.batch_size,
             "wanted": [plan.config.train.steps, plan.config.train.minutes],
         }
         card = ModelCard(

@@ -41,7 +41,7 @@ def run_inline():
 
     from cp2image import evaluation_sets, publication
 
-    def run(numbers, work, factory, job, cluster):
+    def run(numbers, work, factory, job, cluster, threads):
         worker = publication._Worker(factory, job.folder)
         for number in reversed(numbers):
             row = worker({"number": number, "unit": json.dumps(asdict(work[number]))})

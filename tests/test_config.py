@@ -1,6 +1,7 @@
 import pickle
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from cp2image import errors
 from cp2image.config import Config, local_folder, read_config
 from cp2image.errors import ConfigError, Cp2ImageError, StorageError
+from cp2image.models.stochastic_recipe import StochasticSetting
 
 PLATES = ["20585", "0123", "NO", "on", "null", "~", "1e3", "1_000", "0x1F", "12:30", "2024-01-01"]
 
@@ -294,3 +296,20 @@ def test_every_error_survives_the_way_out_of_a_worker():
         again = pickle.loads(pickle.dumps(kind("what was found; what to do")))
         assert type(again) is kind
         assert str(again) == "what was found; what to do"
+
+
+@pytest.mark.parametrize(
+    ("train", "name"),
+    [
+        ({"preset": "cp2image-s", "learning_rate": 1e-3}, "learning_rate"),
+        ({"preset": "cp2image-s", "gamma": (0, 1, 1, 1)}, "gamma"),
+        ({"preset": "paper", "stochastic": {"pixel": 0.1}}, "stochastic"),
+    ],
+)
+def test_settings_of_the_other_preset_are_refused(train, name):
+    with pytest.raises(ValueError, match=f"{name} is not a setting of the preset"):
+        Config.model_validate({"train": train})
+
+
+def test_losses_of_the_config_start_from_the_recipes_own():
+    assert Config().train.stochastic.model_dump() == asdict(StochasticSetting())

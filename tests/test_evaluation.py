@@ -193,6 +193,25 @@ def test_few_cells_are_taken_evenly_over_wells_and_the_control_can_be_left_out(
 
 
 @pytest.mark.usefixtures("inline")
+def test_copies_of_training_cells_are_told_from_cells_that_are_only_alike(folder, tmp_path):
+    held_out = evaluate(config_of(folder, tmp_path / "report", split="validation"))
+    found = held_out.beside["copies"]
+    assert found["training_cells"] == 60
+    assert found["generated_over_real"] == pytest.approx(1, abs=1e-6)  # they are the real cells
+    assert (tmp_path / "report" / "nearest_training_cells.png").exists()
+    assert "nearest training cell: 1.00" in str(held_out)
+    on_training = evaluate(config_of(folder, tmp_path / "again", split="train"))
+    assert "copies" not in on_training.beside
+
+
+def test_variety_is_reported_with_that_of_the_real_cells(report):
+    for found in report.distances.values():
+        assert found["recall"] == found["recall_floor"] > 0.3
+        assert found["coverage"] == found["coverage_floor"] > 0.3
+    assert "recall" in str(report)
+
+
+@pytest.mark.usefixtures("inline")
 def test_sets_without_a_common_cell_are_refused(folder, tmp_path):
     with pytest.raises(EvaluationError, match="share no cell"):
         evaluate(config_of(folder, tmp_path / "report", generated="other"))

@@ -157,7 +157,7 @@ from dataclasses import asdict
 import json
 import test_publication as t
 from cp2image import publication
-def run(numbers, work, factory, job, cluster):
+def run(numbers, work, factory, job, cluster, threads):
     worker = publication._Worker(factory, job.folder)
     for n in numbers:
         row = worker({"number": n, "unit": json.dumps(asdict(work[n]))})

@@ -183,6 +183,9 @@ class _Notes:
     run_id: str = ""
     values: dict[str, float] = field(default_factory=dict)
 
+    def opened(self) -> "_Notes":
+        return self
+
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         self.values |= values
 

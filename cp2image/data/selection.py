@@ -169,6 +169,40 @@ def select_features(
     return Selection(tuple(kept), dropped)
 
 
+def drop_near_duplicates(
+    selection: Selection, values: NDArray[np.floating], limit: float
+) -> Selection:
+    """Leave out features that say what one before them says.
+
+    A feature goes when its correlation with one that is kept exceeds ``limit`` in size: table
+    order decides which of two stays.
+
+    Parameters
+    ----------
+    selection
+        What to choose from.
+    values
+        Scaled training cells, (n, p) in the order of ``selection.kept``, without NaN.
+    limit
+        Largest |r| of two features that both stay, 0 to 1.
+    """
+    centred = values - values.mean(axis=0, dtype=np.float64)
+    length = np.sqrt((centred**2).sum(axis=0))
+    unit = np.divide(centred, length, out=np.zeros_like(centred), where=length > 0)
+    related = unit.T @ unit
+    kept: list[int] = []
+    dropped = dict(selection.dropped)
+    for index, name in enumerate(selection.kept):
+        sizes = np.abs(related[index, kept])
+        if len(sizes) and sizes.max() > limit:
+            other = kept[int(sizes.argmax())]
+            r, twin = related[index, other], selection.kept[other]
+            dropped[name] = f"duplicate: r = {r:.3f} with {twin}"
+        else:
+            kept.append(index)
+    return Selection(tuple(selection.kept[i] for i in kept), dropped)
+
+
 def _reason_by_name(name: str, scaling: Scaling) -> str | None:
     column = parse_column(name)
     if column is None:

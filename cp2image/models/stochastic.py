@@ -1,7 +1,9 @@
 """cp2image-s: a generator that draws one of the cells a profile allows. Pure torch.
 
-Features and a noise vector shape a coarse map; up to the patch's side it is doubled by bilinear
-interpolation, with two 3 × 3 convolutions at each side. Group norm is modulated by features and
+Features and a noise vector shape a coarse map; up to half the patch's side it is doubled by
+bilinear interpolation, with two 3 × 3 convolutions at each side, and each of the last map's points
+becomes 2 × 2 pixels (Shi et al., CVPR 2016): no layer works at the patch's own side, where most of
+the time would go. Group norm is modulated by features and
 noise (FiLM, Perez et al., AAAI 2018), a noise map enters before every activation with a learned
 strength per channel (StyleGAN, Karras et al., CVPR 2019). The discriminator compares a patch with
 its features by projection (Miyato and Koyama, ICLR 2018) and predicts them (as the auxiliary
@@ -13,7 +15,14 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, interpolate, leaky_relu
+from torch.nn.functional import (
+    avg_pool2d,
+    interpolate,
+    leaky_relu,
+    pad,
+    pixel_shuffle,
+    pixel_unshuffle,
+)
 
 from cp2image.models.keyed_noise import keyed_normal
 
@@ -21,10 +30,12 @@ NOISE = 64
 """Length of the noise vector."""
 _SLOPE = 0.2
 _EMBEDDING, _STYLE = 256, 192
-_WIDTHS = (48, 64, 32, 16)
+_WIDTHS = (64, 64, 32)
 """Channels of the coarse map, then after each doubling; the last is kept where there are more."""
-_SEEN = (16, 32, 64, 128)
+_SEEN = (32, 64, 128)
 """Channels of the discriminator's stages; the last is kept where there are more."""
+_LOCAL = 3
+"""Number of the convolution whose points are scored one by one."""
 _COARSEST = 12
 _GROUPS = 8
 
@@ -33,7 +44,7 @@ def map_sides(patch_size: int) -> tuple[int, ...]:
     """Return the sides of the generator's maps, coarse to fine.
 
     >>> map_sides(68)
-    (9, 17, 34, 68)
+    (9, 17, 34)
 
     Raises
     ------
@@ -42,8 +53,8 @@ def map_sides(patch_size: int) -> tuple[int, ...]:
     """
     if patch_size < 16:
         raise ValueError(f"patch_size={patch_size}: the network needs at least 16 px")
-    sides = [patch_size]
-    while sides[-1] > _COARSEST:
+    sides = [-(-patch_size // 2)]
+    while sides[-1] > _COARSEST or len(sides) < 2:
         sides.append(-(-sides[-1] // 2))
     return tuple(reversed(sides))
 
@@ -98,7 +109,9 @@ class StochasticGenerator(nn.Module):
             inputs, outputs = _width(_WIDTHS, stage - 1), _width(_WIDTHS, stage)
             blocks += [_Block(inputs, outputs, style), _Block(outputs, outputs, style)]
         self.blocks = nn.ModuleList(blocks)
-        self.to_channels = nn.Conv2d(_width(_WIDTHS, len(self.sides) - 1), channels, 1)
+        last = _width(_WIDTHS, len(self.sides) - 1)
+        self.to_pixels = nn.Conv2d(last, 4 * channels, 3, padding=1)
+        self._patch_size = patch_size
 
     @property
     def noise_size(self) -> int:
@@ -134,28 +147,30 @@ class StochasticGenerator(nn.Module):
                 end = start + side * side
                 x = block(x, style, noise[:, start:end].reshape(-1, 1, side, side))
                 start = end
-        return torch.sigmoid(self.to_channels(x))
+        x = pixel_shuffle(torch.sigmoid(self.to_pixels(x)), 2)
+        return x[:, :, : self._patch_size, : self._patch_size]
 
 
 class StochasticDiscriminator(nn.Module):
     """A patch and its features to a score, and the features as they are seen in the patch.
 
-    Stages of two 3 × 3 convolutions with LeakyReLU(0.2) and average pooling, without batch norm:
-    gradient penalties are taken cell by cell.
+    From 2 × 2 pixels as channels of one point, stages of two 3 × 3 convolutions with
+    LeakyReLU(0.2) and average pooling, without batch norm: gradient penalties are taken cell by
+    cell. The score is that of the whole patch, plus how well features match, plus the mean of
+    scores at the points of the second stage, which see texture only.
     """
 
     def __init__(self, features: int, channels: int = 3, patch_size: int = 68) -> None:
         super().__init__()
         stages = len(map_sides(patch_size))
-        widths = [channels, *(_width(_SEEN, stage) for stage in range(stages))]
+        widths = [4 * channels, *(_width(_SEEN, stage) for stage in range(stages))]
         self.convolutions = nn.ModuleList()
         for inputs, outputs in pairwise(widths):
             self.convolutions.append(nn.Conv2d(inputs, outputs, 3, padding=1))
             self.convolutions.append(nn.Conv2d(outputs, outputs, 3, padding=1))
-        side = patch_size
-        for _ in range(stages - 1):
-            side //= 2
-        self.flat = nn.Linear(widths[-1] * (side // 2) ** 2, _EMBEDDING)
+        side = -(-patch_size // 2) // 2**stages
+        self.local = nn.Conv2d(widths[2], 1, 1)
+        self.flat = nn.Linear(widths[-1] * side**2, _EMBEDDING)
         self.score = nn.Linear(_EMBEDDING, 1)
         self.embedding = nn.Sequential(
             nn.Linear(features, _EMBEDDING),
@@ -166,11 +181,15 @@ class StochasticDiscriminator(nn.Module):
 
     def forward(self, patches: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         """Return scores, (N,), and the features predicted from the patches alone, (N, p)."""
-        x = 2 * patches - 1
+        odd = patches.shape[-1] % 2
+        x = pixel_unshuffle(pad(2 * patches - 1, (0, odd, 0, odd)), 2)
+        texture = torch.zeros(len(x), device=x.device)
         for layer, convolution in enumerate(self.convolutions):
             x = leaky_relu(cast(Tensor, convolution(x)), _SLOPE)
+            if layer == _LOCAL:
+                texture = self.local(x).mean(dim=(1, 2, 3))
             if layer % 2:
                 x = avg_pool2d(x, 2)
         seen = leaky_relu(self.flat(x.flatten(1)), _SLOPE)
         match = (seen * self.embedding(features)).sum(dim=1) / _EMBEDDING**0.5
-        return self.score(seen).flatten() + match, self.regression(seen)
+        return self.score(seen).flatten() + match + texture, self.regression(seen)

@@ -88,7 +88,9 @@ class StochasticRecipe:
         self.discriminator_optimiser = torch.optim.Adam(self._d, lr=rate, betas=betas)
 
     def step(self, batch: Batch, step: int, average: Average) -> dict[str, Tensor]:
-        """Train the discriminator, then the generator, on one batch.
+        """Train both networks on one batch; each sees the other as it was before the step.
+
+        So each patch passes through the discriminator once.
 
         Parameters
         ----------
@@ -102,42 +104,43 @@ class StochasticRecipe:
         Returns
         -------
         dict
-            ``L_MSE``, ``L_generator``, ``L_Dis``, ``L_features`` (real patches) and ``penalty``
-            (|∇ score|², real and generated, times `penalty_every` where it is taken and 0
-            elsewhere, so that its mean over steps is right): scalars without gradients.
+            ``L_MSE``, ``L_generator`` (without L_MSE), ``L_Dis``, ``L_features`` (real patches)
+            and ``penalty`` (|∇ score|², real and generated, times `penalty_every` where it is
+            taken and 0 elsewhere, so that its mean over steps is right): scalars without
+            gradients.
         """
         setting, features = self.setting, batch.features
         random = torch.Generator(self._device).manual_seed(batch.seed)
         draws = [self._draw(features, random) for _ in range(setting.draws)]
-        adversary = self._train_discriminator(batch, draws[0].detach(), step, average)
+        seen_draw = draws[0].detach().requires_grad_()
         with self._autocast():
-            score, seen = self.discriminator(draws[0], features)
-            with torch.no_grad():
-                real, _ = self.discriminator(batch.original, features)
+            score, seen = self.discriminator(batch.original, features)
+            fake_score, fake_seen = self.discriminator(seen_draw, features)
+        difference = score.float() - fake_score.float()
+        loss, adversarial = softplus(-difference).mean(), softplus(difference).mean()
+        regression = _distance(seen, features)
+        if setting.regression:
+            adversarial = adversarial + setting.regression * _distance(fake_seen, features)
+        (pull,) = torch.autograd.grad(adversarial, seen_draw, retain_graph=True)
+        total = loss + setting.regression * regression
+        steepness = self._update_discriminator(batch, total, seen_draw, step, average)
         mean = torch.stack(draws).mean(dim=0) if setting.draws > 1 else draws[0]
         pixel = pixel_loss(batch.original, mean)
-        total = softplus(real - score.float()).mean() + setting.pixel * pixel
-        if setting.regression:
-            total = total + setting.regression * _distance(seen, features)
-        gradients = torch.autograd.grad(total, self._g)
+        gradients = torch.autograd.grad(
+            [draws[0], setting.pixel * pixel], self._g, [pull, torch.ones_like(pixel)]
+        )
         self._update(self._g, gradients, self.generator_optimiser, average)
         self._follow(step)
-        return {"L_MSE": pixel.detach(), "L_generator": total.detach(), **adversary}
+        losses = {"L_MSE": pixel, "L_generator": adversarial, "L_Dis": loss}
+        losses |= {"L_features": regression, "penalty": steepness}
+        return {name: value.detach() for name, value in losses.items()}
 
-    def _train_discriminator(
-        self, batch: Batch, drawn: Tensor, step: int, average: Average
-    ) -> dict[str, Tensor]:
+    def _update_discriminator(
+        self, batch: Batch, total: Tensor, drawn: Tensor, step: int, average: Average
+    ) -> Tensor:
+        """Update by the gradients of ``total`` and, every so many steps, the penalty's."""
         setting, features = self.setting, batch.features
-        with self._autocast():
-            scores, seen = self.discriminator(
-                torch.cat([batch.original, drawn]), torch.cat([features, features])
-            )
-        real, fake = scores.float().chunk(2)
-        loss = softplus(fake - real).mean()
-        regression = _distance(seen[: len(features)], features)
-        total = loss + setting.regression * regression
-        losses = {"L_Dis": loss.detach(), "L_features": regression.detach()}
-        losses["penalty"] = torch.zeros_like(losses["L_Dis"])
+        steepness = torch.zeros_like(total)
         gradients = list(torch.autograd.grad(total, self._d, allow_unused=True))
         if setting.penalty and step % setting.penalty_every == 0:
             steepness = self._steepness(torch.cat([batch.original, drawn]), features)
@@ -146,12 +149,12 @@ class StochasticRecipe:
             for i, extra in enumerate(more):
                 known = gradients[i]
                 gradients[i] = known if extra is None else extra if known is None else known + extra
-            losses["penalty"] = steepness.detach() * setting.penalty_every
+            steepness = steepness * setting.penalty_every
         filled = [
             torch.zeros_like(p) if g is None else g for p, g in zip(self._d, gradients, strict=True)
         ]
         self._update(self._d, filled, self.discriminator_optimiser, average)
-        return losses
+        return steepness
 
     def _steepness(self, patches: Tensor, features: Tensor) -> Tensor:
         """|∇ score|² of real and of generated patches, each the mean over cells; their sum."""

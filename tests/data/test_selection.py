@@ -6,7 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cp2image.config import Scaling
-from cp2image.data.selection import FeatureStatistics, select_features
+from cp2image.data.selection import (
+    FeatureStatistics,
+    Selection,
+    drop_near_duplicates,
+    select_features,
+)
 from cp2image.errors import ConfigError, DatasetError
 
 NAMES = [
@@ -100,6 +105,20 @@ def test_constant_is_judged_relative_to_the_size_of_the_values():
         ["Nuclei_AreaShape_Area", "Nuclei_AreaShape_Extent"], statistics(table), Scaling()
     )
     assert chosen.kept == ("Nuclei_AreaShape_Extent",)
+
+
+def test_the_later_of_two_features_that_say_the_same_is_left_out():
+    random = np.random.default_rng(5)
+    a, b = random.normal(size=(2, 500))
+    table = np.stack([a, b, -3 * a + 7, a + 0.1 * b, np.zeros(500), a + b], axis=1)
+    before = Selection(tuple("abcdef"), {"x": "constant: 1"})
+    chosen = drop_near_duplicates(before, table, 0.98)
+    assert chosen.kept == ("a", "b", "e", "f")
+    assert chosen.dropped["c"] == "duplicate: r = -1.000 with a"
+    assert chosen.dropped["d"].startswith("duplicate: r = 0.99")
+    assert chosen.dropped["x"] == "constant: 1"
+    assert drop_near_duplicates(before, table, 0.999).kept == ("a", "b", "d", "e", "f")
+    assert drop_near_duplicates(before, table, 1.0).kept == before.kept
 
 
 def test_categories_and_columns_not_wanted_are_left_out():

@@ -43,7 +43,7 @@ def equal(one, other):
 
 @pytest.mark.parametrize(
     ("size", "sides"),
-    [(16, (8, 16)), (64, (8, 16, 32, 64)), (68, (9, 17, 34, 68)), (128, (8, 16, 32, 64, 128))],
+    [(16, (4, 8)), (64, (8, 16, 32)), (68, (9, 17, 34)), (69, (9, 18, 35)), (128, (8, 16, 32, 64))],
 )
 @pytest.mark.parametrize("channels", [1, 3, 5])
 def test_any_channels_and_sides(size, sides, channels):
@@ -108,6 +108,36 @@ def test_first_losses_are_those_of_the_papers():
     assert float(tested.step(cells, 1, alone)["penalty"]) == 0
 
 
+def test_each_network_is_moved_by_the_other_as_it_was_before_the_step():
+    setting = {"penalty": 2.0, "penalty_every": 1, "pixel": 0.01, "regression": 0.25}
+    tested, cells = recipe(**setting), batch()
+    generator, discriminator = copy.deepcopy((tested.generator, tested.discriminator))
+    taken = []
+    tested.step(cells, 0, lambda gradients: taken.append([g.clone() for g in gradients]))
+    noise = torch.randn(8, generator.noise_size, generator=torch.Generator().manual_seed(0))
+    drawn = generator(cells.features, noise)
+    real, seen = discriminator(cells.original, cells.features)
+    fake, fake_seen = discriminator(drawn, cells.features)
+    total = softplus(real - fake).mean() + 0.25 * 0.5 * (fake_seen - cells.features).square().mean()
+    total = total + 0.01 * 0.5 * (drawn - cells.original).square().sum() / 8
+    for mine, theirs in zip(
+        taken[1], torch.autograd.grad(total, list(generator.parameters())), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-6)
+    fake, _ = discriminator(drawn.detach(), cells.features)
+    total = softplus(fake - real).mean() + 0.25 * 0.5 * (seen - cells.features).square().mean()
+    for patches in (cells.original, drawn.detach()):
+        patches = patches.clone().requires_grad_()
+        scores, _ = discriminator(patches, cells.features)
+        (gradient,) = torch.autograd.grad(scores.sum(), patches, create_graph=True)
+        total = total + gradient.square().sum() / 8
+    own = torch.autograd.grad(total, list(discriminator.parameters()), allow_unused=True)
+    for mine, theirs in zip(taken[0], own, strict=True):
+        torch.testing.assert_close(
+            mine, torch.zeros_like(mine) if theirs is None else theirs, rtol=1e-3, atol=1e-6
+        )
+
+
 def test_penalty_is_in_the_discriminators_gradient():
     with_penalty, without = recipe(penalty=100.0), recipe(penalty=0.0)
     taken = []
@@ -129,10 +159,10 @@ def test_generator_is_pulled_towards_cells_features_and_reality_by_its_parts():
 
 def test_averaged_generator_follows_slowly():
     tested = recipe(ema=0.5)
-    start = tested.averaged.to_channels.weight.clone()
+    start = tested.averaged.to_pixels.weight.clone()
     tested.step(batch(), 1000, alone)
-    expected = 0.5 * start + 0.5 * tested.generator.to_channels.weight.detach()
-    torch.testing.assert_close(tested.averaged.to_channels.weight, expected)
+    expected = 0.5 * start + 0.5 * tested.generator.to_pixels.weight.detach()
+    torch.testing.assert_close(tested.averaged.to_pixels.weight, expected)
     assert tested.published()[0].keys() == tested.generator.state_dict().keys()
 
 

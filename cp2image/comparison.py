@@ -1,0 +1,282 @@
+"""Several systems and seeds: train, generate and evaluate each, one table. Above the steps."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from cp2image.checkpoint import load_model
+from cp2image.config import Config
+from cp2image.config_errors import explain
+from cp2image.dataset import open_dataset
+from cp2image.errors import ConfigError
+from cp2image.evaluation import evaluate
+from cp2image.evaluation_sets import patches_of
+from cp2image.figures.canvas import save
+from cp2image.figures.patches import figure_rows
+from cp2image.generation import generate
+from cp2image.storage import exists, join, read_bytes, write_bytes
+from cp2image.tracking import record, tracking_uri
+from cp2image.training import train
+
+_SHOWN = 12
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One column of the table.
+
+    Attributes
+    ----------
+    name
+        Its heading.
+    path
+        Where a report has it.
+    floor
+        Where the report has what real cells reach against real cells, if it has.
+    lower
+        Whether less is better.
+    """
+
+    name: str
+    path: tuple[str, ...]
+    floor: tuple[str, ...] = ()
+    lower: bool = False
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison found.
+
+    Attributes
+    ----------
+    uri
+        Folder of the table, the picture and the runs.
+    table
+        One row per system and metric: ``mean``, ``sd``, ``seeds``, ``floor``, ``excess``.
+    text
+        The same as Markdown.
+    """
+
+    uri: str
+    table: pd.DataFrame
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.uri}/table/comparison.md\n{self.text}"
+
+
+def compare(config: Config) -> Comparison:
+    """Train, generate and evaluate every system with every seed, then tabulate.
+
+    What is finished is not done again, and an interrupted training goes on where it was: run the
+    same command until it ends.
+
+    Raises
+    ------
+    ConfigError
+        If no systems are named, or the settings of one are refused.
+    """
+    settings = config.compare
+    if not settings.systems:
+        raise ConfigError(
+            "compare.systems names no system; give at least one, as "
+            "systems: {paper: {train: {preset: paper}}}"
+        )
+    runs = {
+        (name, seed): derive(config, name, seed)
+        for seed in settings.seeds
+        for name in settings.systems
+    }
+    reports: dict[tuple[str, int], dict[str, Any]] = {}
+    for number, ((name, seed), one) in enumerate(runs.items(), start=1):
+        print(f"\ncompare [{number}/{len(runs)}] {name}, seed {seed}", flush=True)
+        reports[name, seed] = _run(one)
+    table = tabulate(reports, list(settings.systems))
+    text = to_markdown(table, reports)
+    out = settings.output
+    with record(config, "compare") as recorder:
+        write_bytes(join(out, "table", "comparison.csv"), table.to_csv(index=False).encode())
+        write_bytes(join(out, "table", "comparison.md"), text.encode())
+        save(_picture(config, runs, reports), join(out, "table", "comparison.png"))
+        recorder.folder(join(out, "table"), "comparison")
+        names = table["system"] + "/" + table["metric"].str.replace("[,>]", "", regex=True)
+        recorder.metrics(dict(zip(names, table["mean"], strict=True)))
+    return Comparison(out, table, text)
+
+
+def derive(config: Config, system: str, seed: int) -> Config:
+    """Return the experiment of one system and seed, in a folder of its own.
+
+    Raises
+    ------
+    ConfigError
+        If the system's settings are refused.
+    """
+    data = config.model_dump()
+    cells = data["train"]["input"]
+    folder = join(config.compare.output, system, f"seed-{seed}")
+    data["run"] |= {"folder": folder, "seed": seed, "name": f"{config.run.name}-{system}-{seed}"}
+    data["tracking"]["uri"] = tracking_uri(config) if config.tracking.enabled else None
+    data["train"]["output"] = ""
+    data["generate"] |= {"input": cells, "checkpoint": "", "output": ""}
+    data["evaluate"] |= {"real": cells, "generated": "", "checkpoint": "", "output": ""}
+    data["compare"]["systems"] = {}
+    changes = config.compare.systems[system]
+    for section, values in changes.items():
+        if not isinstance(values, dict):
+            raise ConfigError(
+                f"compare.systems.{system}: {section!r} holds a value; expected a section, as "
+                "train: {preset: paper}"
+            )
+        data.setdefault(section, {})
+        data[section] |= values
+    try:
+        return Config.model_validate(data).resolve()
+    except ValidationError as error:
+        raise ConfigError(f"compare.systems.{system}: {explain(error, Config)}") from error
+
+
+def _run(config: Config) -> dict[str, Any]:
+    """Do what is left of one run; return its report."""
+    place = join(config.evaluate.output, "report.json")
+    mark = sha256(config.evaluate.model_dump_json().encode()).hexdigest()[:16]
+    done = join(config.evaluate.output, "_compared.json")
+    print(train(config), flush=True)
+    print(generate(config), flush=True)
+    model = load_model(config.generate.checkpoint)
+    if not (exists(done) and json.loads(read_bytes(done)) == [mark, model.hash]):
+        print(evaluate(config), flush=True)
+        write_bytes(done, json.dumps([mark, model.hash]).encode())
+    report: dict[str, Any] = json.loads(read_bytes(place))
+    report["training"] = {"steps": model.card.steps, "preset": model.card.preset}
+    report["training"] |= {k: model.card.notes.get(k) for k in ("seconds", "cells_seen")}
+    return report
+
+
+def _metrics(report: Mapping[str, Any]) -> Iterator[Metric]:
+    for name in report["distances"]:
+        place = ("distances", name)
+        yield Metric(
+            f"Fréchet, {name}", (*place, "frechet_half"), (*place, "floor_half"), lower=True
+        )
+        yield Metric(f"KID, {name}", (*place, "kernel"), (*place, "kernel_floor"), lower=True)
+        for share in ("recall", "coverage", "precision"):
+            yield Metric(f"{share}, {name}", (*place, share), (*place, f"{share}_floor"))
+    yield Metric("features with r > 0.5", ("correlation", "model", "share_above_half"))
+    yield Metric("mean r", ("correlation", "model", "mean_r"))
+    if "moa" in report:
+        yield Metric(
+            "NSC",
+            ("moa", "generated", "nsc", "accuracy"),
+            ("moa", "real", "nsc", "accuracy"),
+        )
+    if "copies" in report:
+        yield Metric("distance to training cells", ("copies", "generated_over_real"))
+
+
+def _value(report: Mapping[str, Any], path: tuple[str, ...]) -> float:
+    node: Any = report
+    for key in path:
+        node = node.get(key) if isinstance(node, Mapping) else None
+    return float("nan") if node is None or not path else float(node)
+
+
+def tabulate(
+    reports: Mapping[tuple[str, int], Mapping[str, Any]], systems: list[str]
+) -> pd.DataFrame:
+    """Put the numbers of all reports in one table.
+
+    Parameters
+    ----------
+    reports
+        (system, seed) → report.
+    systems
+        In the order wanted.
+
+    Returns
+    -------
+    DataFrame
+        One row per metric and system: ``mean`` and ``sd`` over ``seeds``, the ``floor`` (mean of
+        what the reports give), ``excess`` over it (mean − floor), ``lower`` if less is better.
+    """
+    rows = []
+    metrics = list(_metrics(next(iter(reports.values()))))
+    for metric in metrics:
+        for system in systems:
+            own = [report for (name, _), report in reports.items() if name == system]
+            values = np.array([_value(report, metric.path) for report in own])
+            floor = float(np.mean([_value(report, metric.floor) for report in own]))
+            mean = float(values.mean())
+            sd = float(values.std(ddof=1)) if len(values) > 1 else float("nan")
+            excess = mean - floor
+            rows.append((metric.name, system, mean, sd, len(values), floor, excess, metric.lower))
+    columns = ["metric", "system", "mean", "sd", "seeds", "floor", "excess", "lower"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def to_markdown(table: pd.DataFrame, reports: Mapping[Any, Mapping[str, Any]]) -> str:
+    """Write the table with systems as columns, and its protocol below."""
+    systems = list(dict.fromkeys(table["system"]))
+    lines = [
+        "| | " + " | ".join(systems) + " | real against real |",
+        "| --- |" + " ---: |" * (len(systems) + 1),
+    ]
+    for metric, rows in table.groupby("metric", sort=False):
+        found = rows.set_index("system")
+        sign = "↓" if found["lower"].iloc[0] else "↑"
+        cells = [_cell(found.loc[name, "mean"], found.loc[name, "sd"]) for name in systems]
+        cells.append(_cell(found["floor"].mean()))
+        lines.append(f"| {metric} {sign} | " + " | ".join(cells) + " |")
+    protocol = next(iter(reports.values()))["protocol"]
+    seeds = int(table["seeds"].min())
+    spent = [
+        f"{name}: {np.mean([r['training']['seconds'] for r in own]) / 60:.0f} minutes, "
+        f"{np.mean([r['training']['cells_seen'] for r in own]):,.0f} cells seen in "
+        f"{np.mean([r['training']['steps'] for r in own]):,.0f} steps"
+        for name in systems
+        for own in [[report for (system, _), report in reports.items() if system == name]]
+    ]
+    lines += [
+        "",
+        f"Mean ± standard deviation over {seeds} seeds; {protocol['cells']:,} cells of "
+        f"{protocol['wells']} wells on {len(protocol['plates'])} plates, split "
+        f"{protocol['split']!r}; {protocol['normalisation']}; Fréchet distances, precision, recall "
+        "and coverage: half of the real cells against the cells drawn for the other half, floor: "
+        "the two real halves; KID: all cells, floor: the two halves.",
+        f"Training: {'; '.join(spent)}.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _cell(mean: float, sd: float = float("nan")) -> str:
+    if np.isnan(mean):
+        return "—"
+    return f"{mean:.3g}" if np.isnan(sd) else f"{mean:.3g} ± {sd:.2g}"
+
+
+def _picture(
+    config: Config, runs: Mapping[tuple[str, int], Config], reports: Mapping[Any, Any]
+) -> Figure:
+    """Show the same held-out cells as every system draws them with its first seed."""
+    rows: dict[str, NDArray[np.uint8]] = {}
+    seed = config.compare.seeds[0]
+    first = next(iter(config.compare.systems))
+    keys = np.array(reports[first, seed]["shown"][:_SHOWN], dtype=np.uint64)
+    channels: tuple[str, ...] = ()
+    for name in config.compare.systems:
+        one = runs[name, seed]
+        model = load_model(one.generate.checkpoint)
+        if not rows:
+            channels = model.channels
+            rows["real"] = patches_of(open_dataset(one.evaluate.real), model, keys)
+        rows[name] = patches_of(open_dataset(one.generate.output), model, keys)
+    return figure_rows(rows, channels)

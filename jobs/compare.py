@@ -1,0 +1,11 @@
+"""Train, generate and evaluate several systems on the same cells, several seeds each.
+
+ray job submit --working-dir . -- python jobs/compare.py --config configs/bbbc021_comparison.yaml
+Reads train.input; writes compare.output, with the table below table/. Run again to go on.
+"""
+
+from cp2image.command import run_job
+from cp2image.comparison import compare
+
+if __name__ == "__main__":
+    raise SystemExit(run_job(__doc__, compare))

@@ -1,0 +1,147 @@
+import json
+
+import numpy as np
+import pytest
+
+from cp2image import comparison
+from cp2image.comparison import derive, tabulate, to_markdown
+from cp2image.config import Config
+from cp2image.errors import ConfigError
+
+SYSTEMS = {
+    "paper": {"train": {"learning_rate": 0.003}},
+    "new": {"train": {"preset": "cp2image-s"}},
+}
+
+
+def config(tmp_path, **more):
+    return Config.model_validate(
+        {
+            "run": {"name": "screen", "folder": str(tmp_path)},
+            "train": {"input": str(tmp_path / "cells"), "normalisation": "plate_percentile"},
+            "compare": {"systems": SYSTEMS, "seeds": [0, 4]} | more,
+        }
+    ).resolve()
+
+
+def report(frechet, r, accuracy=0.5):
+    distance = {
+        "frechet_half": frechet,
+        "floor_half": 2.0,
+        "kernel": frechet / 10,
+        "kernel_floor": 0.01,
+        **dict.fromkeys(("precision", "recall", "coverage"), 0.5),
+        **dict.fromkeys(("precision_floor", "recall_floor", "coverage_floor"), 0.8),
+    }
+    return {
+        "distances": {"cp": distance},
+        "correlation": {"model": {"share_above_half": r, "mean_r": r / 2}},
+        "moa": {
+            "generated": {"nsc": {"accuracy": accuracy}},
+            "real": {"nsc": {"accuracy": 0.75}},
+        },
+        "protocol": {
+            "cells": 1000,
+            "wells": 20,
+            "plates": ["P1", "P2"],
+            "split": "validation",
+            "normalisation": "plate_percentile",
+        },
+        "training": {"seconds": 3600.0, "cells_seen": 1_000, "steps": 10},
+        "shown": [1, 2],
+    }
+
+
+def test_each_run_has_its_folder_seed_and_settings_and_all_one_store(tmp_path):
+    whole = config(tmp_path)
+    one, other = derive(whole, "paper", 0), derive(whole, "new", 4)
+    assert one.train.learning_rate == 0.003
+    assert other.train.preset == "cp2image-s"
+    assert other.run.seed == 4
+    assert one.train.output == f"{tmp_path}/comparison/paper/seed-0/checkpoint"
+    assert other.generate.output == f"{tmp_path}/comparison/new/seed-4/screen"
+    assert one.evaluate.real == one.generate.input == f"{tmp_path}/cells"
+    assert one.train.intensity == other.train.intensity == "plate_percentile"
+    assert one.tracking.uri == other.tracking.uri == f"sqlite:///{tmp_path}/mlflow.db"
+
+
+@pytest.mark.parametrize(
+    ("systems", "message"),
+    [
+        (
+            {"new": {"train": {"preset": "cp2image-s", "gamma": [0, 0, 0, 0]}}},
+            "new: .*gamma is not",
+        ),
+        ({"new": {"train": {"learning_rat": 1}}}, "new: .*learning_rate"),
+        ({"new": {"train": 3}}, "expected a section"),
+        ({"new": {"trian": {"steps": 3}}}, "new: .*train"),
+    ],
+)
+def test_settings_a_system_cannot_have_are_refused_before_anything_runs(
+    tmp_path, monkeypatch, systems, message
+):
+    monkeypatch.setattr(comparison, "_run", lambda _: pytest.fail("a run was begun"))
+    with pytest.raises(ConfigError, match=message):
+        comparison.compare(config(tmp_path, systems=SYSTEMS | systems))
+    with pytest.raises(ConfigError, match="names no system"):
+        comparison.compare(config(tmp_path, systems={}))
+
+
+def test_seeds_stand_once(tmp_path):
+    with pytest.raises(ValueError, match="a seed stands twice"):
+        config(tmp_path, seeds=[1, 1])
+
+
+def test_table_has_mean_spread_floor_and_excess():
+    reports = {
+        ("paper", 0): report(70, 0.2),
+        ("paper", 1): report(74, 0.3),
+        ("new", 0): report(5, 0.6),
+        ("new", 1): report(7, 0.8),
+    }
+    table = tabulate(reports, ["paper", "new"]).set_index(["metric", "system"])
+    row = table.loc[("Fréchet, cp", "new")]
+    assert (row["mean"], row["floor"], row["excess"], row["seeds"]) == (6, 2, 4, 2)
+    assert row["sd"] == pytest.approx(np.sqrt(2))
+    assert bool(row["lower"])
+    assert table.loc[("features with r > 0.5", "paper"), "mean"] == pytest.approx(0.25)
+    assert np.isnan(table.loc[("mean r", "paper"), "floor"])
+    assert table.loc[("NSC", "new"), "floor"] == 0.75
+    text = to_markdown(tabulate(reports, ["paper", "new"]), reports)
+    assert "| Fréchet, cp ↓ | 72 ± 2.8 | 6 ± 1.4 | 2 |" in text
+    assert "over 2 seeds; 1,000 cells of 20 wells on 2 plates" in text
+    assert "paper: 60 minutes" in text
+
+
+def test_a_finished_evaluation_is_not_repeated_unless_weights_or_settings_changed(
+    tmp_path, monkeypatch
+):
+    one = derive(config(tmp_path), "paper", 0)
+    calls = []
+
+    class Card:
+        steps, preset, notes = 10, "paper", {"seconds": 1.0, "cells_seen": 5}
+
+    class Weights:
+        hash, card = "a", Card
+
+    def evaluate(run):
+        calls.append(run)
+        folder = tmp_path / "comparison/paper/seed-0/report"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "report.json").write_text(json.dumps(report(1, 1)))
+
+    monkeypatch.setattr(comparison, "train", lambda _: "trained")
+    monkeypatch.setattr(comparison, "generate", lambda _: "generated")
+    monkeypatch.setattr(comparison, "evaluate", evaluate)
+    monkeypatch.setattr(comparison, "load_model", lambda _: Weights)
+    for _ in range(2):
+        found = comparison._run(one)
+    assert len(calls) == 1
+    assert found["training"]["seconds"] == 1.0
+    Weights.hash = "b"
+    comparison._run(one)
+    assert len(calls) == 2
+    changed = one.model_copy(update={"evaluate": one.evaluate.model_copy(update={"cells": 7})})
+    comparison._run(changed)
+    assert len(calls) == 3
