@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from cp2image.columns import METADATA, nearest
 from cp2image.data.schema import PATCH, ROW_GROUP, PatchFormat
 from cp2image.errors import DatasetError
-from cp2image.storage import exists, filesystem, join, list_files, read_bytes
+from cp2image.storage import attempt, exists, filesystem, join, list_files, read_bytes
 
 MANIFESTS = "_manifests"
 
@@ -205,12 +205,12 @@ def open_dataset(uri: str) -> CellDataset:
 def read_schema(uri: str, manifest: Manifest) -> pa.Schema:
     """Return the Arrow schema of one published plate that has cells."""
     name = join(uri, manifest.parts[0].name)
-    return _parquet(name, _version(name)).schema_arrow
+    return attempt(name, "read", lambda: _parquet(name).schema_arrow)
 
 
 def columns_of(cells: CellRange) -> list[str]:
     """Return the names of the columns of the file a range of cells is in."""
-    names: list[str] = _parquet(cells.uri, _version(cells.uri)).schema_arrow.names
+    names: list[str] = attempt(cells.uri, "read", lambda: _parquet(cells.uri).schema_arrow.names)
     return names
 
 
@@ -221,8 +221,19 @@ def read_range(
 
     ``threads``: decode columns side by side; where other ranges are read beside this one that
     only takes more CPU time.
+
+    Raises
+    ------
+    DatasetError
+        If the file is gone, damaged or shorter than its manifest says.
+    StorageError
+        If the store keeps failing.
     """
-    file = _parquet(cells.uri, _version(cells.uri))
+    return attempt(cells.uri, "read", lambda: _read_range(cells, columns, threads))
+
+
+def _read_range(cells: CellRange, columns: Sequence[str] | None, threads: bool) -> pa.Table:
+    file = _parquet(cells.uri)
     groups: list[int] = []
     first = seen = 0
     for number in range(file.metadata.num_row_groups):
@@ -258,8 +269,8 @@ class _OpenFiles(threading.local):
         self.open = lru_cache(maxsize=2)(_open)
 
 
-def _parquet(uri: str, version: tuple[Any, Any]) -> pq.ParquetFile:
-    return _open_files.open(uri, version)
+def _parquet(uri: str) -> pq.ParquetFile:
+    return _open_files.open(uri, _version(uri))
 
 
 def _open(uri: str, version: tuple[Any, Any]) -> pq.ParquetFile:

@@ -144,7 +144,26 @@ def _is_local(files: arrow_fs.FileSystem) -> bool:
     return isinstance(files, arrow_fs.LocalFileSystem)
 
 
-def _run(uri: str, action: str, call: Callable[[], _T]) -> _T:
+def attempt(uri: str, action: str, call: Callable[[], _T]) -> _T:
+    """Do something with the file system of ``uri`` and return what comes of it.
+
+    On S3 it runs in a thread of its own and is repeated after failures that may mend, with pauses
+    that grow, until `DEADLINE_S` is over; so it must be something that can be done twice.
+
+    Parameters
+    ----------
+    uri
+        What it is done with.
+    action
+        For the message, as in "cannot read".
+    call
+        Does it; errors of this package pass through.
+
+    Raises
+    ------
+    StorageError
+        If it fails for good: says where, what and why.
+    """
     files, path = filesystem(uri)
     if not _is_local(files):
         return _retry(uri, action, call)
@@ -239,7 +258,7 @@ def read_bytes(uri: str) -> bytes:
         with files.open_input_file(path) as source:
             return bytes(source.read())
 
-    return _run(uri, "read", read)
+    return attempt(uri, "read", read)
 
 
 def write_bytes(uri: str, data: bytes) -> None:
@@ -265,7 +284,7 @@ def write_bytes(uri: str, data: bytes) -> None:
         if size != content.size:
             raise OSError(f"stored {size} of {content.size} bytes")
 
-    _run(uri, "write", write)
+    attempt(uri, "write", write)
 
 
 def _replace(path: Path, content: pa.Buffer) -> None:
@@ -288,7 +307,7 @@ def exists(uri: str) -> bool:
     def look() -> bool:
         return bool(files.get_file_info(path).type != arrow_fs.FileType.NotFound)
 
-    return _run(uri, "look up", look)
+    return attempt(uri, "look up", look)
 
 
 def list_files(uri: str, suffix: str = "", *, recursive: bool = True) -> list[str]:
@@ -302,7 +321,7 @@ def list_files(uri: str, suffix: str = "", *, recursive: bool = True) -> list[st
     def look() -> list[str]:
         return [info.path for info in files.get_file_info(selector) if info.is_file]
 
-    found = (name[len(path) :] for name in _run(uri, "list", look) if name.endswith(suffix))
+    found = (name[len(path) :] for name in attempt(uri, "list", look) if name.endswith(suffix))
     return sorted(
         join(uri, name) for name in found if not re.search(r"/\.[0-9a-f]{32}\.tmp$", name)
     )
@@ -331,7 +350,7 @@ def move(source: str, target: str) -> None:
         elif not (again and not exists(source) and exists(target)):
             files.move(path, goal)
 
-    _run(source, f"move to {target}", rename)
+    attempt(source, f"move to {target}", rename)
 
 
 def delete_tree(uri: str) -> None:
@@ -358,4 +377,4 @@ def delete_tree(uri: str) -> None:
         elif os.path.lexists(path):
             shutil.rmtree(path)
 
-    _run(uri, "remove", clear)
+    attempt(uri, "remove", clear)

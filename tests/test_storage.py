@@ -4,13 +4,15 @@ import socket
 import time
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from moto.server import ThreadedMotoServer
 from pyarrow import fs as arrow_fs
 
-from cp2image import storage
+from cp2image import dataset, storage
+from cp2image.data.schema import to_parquet
 from cp2image.errors import StorageError
 from cp2image.storage import (
     delete_tree,
@@ -44,7 +46,7 @@ def s3(server, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", server)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    monkeypatch.setattr(storage, "DEADLINE_S", 2.0)
+    monkeypatch.setattr(storage, "DEADLINE_S", 20.0)
     scheme, _, host = server.partition("://")
     owner = arrow_fs.S3FileSystem(
         access_key="key",
@@ -361,8 +363,9 @@ class Flaky(arrow_fs.FileSystemHandler):
 
     def answer(self):
         self.calls += 1
-        if self.errors:
-            raise self.errors.pop(0)
+        error = self.errors.pop(0) if self.errors else None
+        if error:
+            raise error
 
     def get_type_name(self):
         return "flaky"
@@ -437,6 +440,27 @@ def test_a_store_that_is_busy_twice_is_asked_a_third_time(flaky, tmp_path, use):
     handler = flaky(OSError(BUSY), OSError(BUSY.replace("SLOW_DOWN", "UNKNOWN")))
     use("s3://b/x")
     assert handler.errors == []
+
+
+@pytest.mark.parametrize("busy", [0, 1, 2, 3])
+def test_cells_are_read_though_the_store_is_busy_at_any_moment(flaky, tmp_path, monkeypatch, busy):
+    (tmp_path / "b").mkdir()
+    table = pa.table({"Metadata_Well": ["A01", "A02", "A03"], "value": [1.0, 2.0, 3.0]})
+    (tmp_path / "b" / "x").write_bytes(to_parquet(table, row_group=2))
+    handler = flaky(*[None] * busy, OSError(BUSY))
+    monkeypatch.setattr(dataset, "filesystem", storage.filesystem)
+    found = dataset.read_range(dataset.CellRange("P", 0, "s3://b/x", 1, 2), ["value"])
+    assert found["value"].to_pylist() == [2.0, 3.0]
+    dataset.columns_of(dataset.CellRange("P", 0, "s3://b/x", 1, 2))
+    assert handler.errors == []
+
+
+def test_a_store_that_fails_while_cells_are_read_is_named(flaky, tmp_path, monkeypatch):
+    flaky(*[OSError(BUSY)] * 10_000)
+    monkeypatch.setattr(dataset, "filesystem", storage.filesystem)
+    monkeypatch.setattr(storage, "DEADLINE_S", 0.3)
+    with pytest.raises(StorageError, match=r"s3://b/x: cannot read: .*reduce your rate"):
+        dataset.read_range(dataset.CellRange("P", 0, "s3://b/x", 0, 1))
 
 
 def test_a_move_whose_answer_was_lost_is_not_done_twice(flaky, tmp_path):

@@ -4,8 +4,8 @@ Floor 1: pandas, pyarrow; no Ray, torch.
 """
 
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import pandas as pd
 import pyarrow as pa
@@ -26,7 +26,9 @@ from cp2image.data.compartments import IMAGE_ROW
 from cp2image.data.csv_rows import CsvFile
 from cp2image.data.naming import TABLE_NUMBER, canonical_names
 from cp2image.data.sources import is_file, read_start
-from cp2image.errors import ColumnError, StorageError, TableError
+from cp2image.errors import ColumnError, TableError
+
+_T = TypeVar("_T")
 
 _OBJECT_NUMBERS = (
     OBJECT_NUMBER,
@@ -82,18 +84,25 @@ class CellFileReader:
         parts = [self.uri] if is_file(self.uri) else storage.list_files(self.uri, ".parquet")
         for part in parts or [self.uri]:
             read_start(part, TableError)
-        try:
-            return ds.dataset(path, format="parquet", filesystem=files, partitioning="hive")
-        except (pa.ArrowInvalid, OSError) as error:
-            raise self._unreadable(error) from error
-
-    def _unreadable(self, error: Exception) -> TableError | StorageError:
-        if "AWS Error" in str(error):
-            return StorageError(f"{self.uri}: cannot read: {error}")
-        return TableError(
-            f"{self.uri}: found no readable Parquet ({error}); the file is truncated or of another "
-            "format. Copy it again"
+        return self._attempt(
+            lambda: ds.dataset(path, format="parquet", filesystem=files, partitioning="hive")
         )
+
+    def _attempt(self, call: Callable[[], _T]) -> _T:
+        """Call, again where a store may mend; tell a damaged file from a failing store."""
+
+        def read() -> _T:
+            try:
+                return call()
+            except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+                if isinstance(error, OSError) and "AWS Error" in str(error):
+                    raise
+                raise TableError(
+                    f"{self.uri}: found no readable Parquet ({error}); the file is truncated or of "
+                    "another format. Copy it again"
+                ) from error
+
+        return storage.attempt(self.uri, "read", read)
 
     def _read(self, columns: Sequence[str], images: pd.DataFrame | None) -> pd.DataFrame:
         if self._is_csv:
@@ -107,10 +116,8 @@ class CellFileReader:
                 if images[key].notna().all():
                     part = ds.field(key).isin(pa.array(images[key].unique()))
                     condition = part if condition is None else condition & part
-        try:
-            table = self._dataset().to_table(columns=list(columns), filter=condition)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-            raise self._unreadable(error) from error
+        dataset = self._dataset()
+        table = self._attempt(lambda: dataset.to_table(columns=list(columns), filter=condition))
         frame: pd.DataFrame = table.to_pandas()
         return frame
 

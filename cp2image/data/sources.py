@@ -53,7 +53,7 @@ def is_file(uri: str) -> bool:
         If that cannot be told.
     """
     files, path = storage.filesystem(uri)
-    return storage.exists(uri) and bool(files.get_file_info(path).is_file)
+    return storage.attempt(uri, "look up", lambda: bool(files.get_file_info(path).is_file))
 
 
 def read_start(uri: str, error: type[Cp2ImageError]) -> bytes:
@@ -69,11 +69,12 @@ def read_start(uri: str, error: type[Cp2ImageError]) -> bytes:
     if not storage.exists(uri):
         raise StorageError(f"{uri}: not found; check the path, the bucket and its region")
     files, path = storage.filesystem(uri)
-    try:
+
+    def read() -> bytes:
         with files.open_input_file(path) as source:
-            start = bytes(source.read(64))
-    except OSError as failure:
-        raise StorageError(f"{uri}: cannot read: {failure}") from failure
+            return bytes(source.read(64))
+
+    start = storage.attempt(uri, "read", read)
     refuse_placeholder(uri, start, error)
     return start
 
