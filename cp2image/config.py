@@ -246,7 +246,8 @@ class Train(Section):
     minutes: Amount | None = None
     """Stop after this many minutes of training even if ``steps`` are not reached."""
     batch_size: Positive | None = None
-    """Cells per step over all workers; None: as many as treatments, the paper's 104."""
+    """Cells per step over all workers. None: as many as treatments, the paper's 104, for
+    ``paper``; for ``cp2image-s`` 4, or 64 on a GPU: on CPUs many small steps go furthest."""
     balance: Literal["treatment", "cell"] = "treatment"
     """Draw every treatment alike (the paper's way), or every cell alike: better where many
     treatments have a handful of cells, which would be seen again and again."""
@@ -274,6 +275,11 @@ class Train(Section):
                     "choose the other preset"
                 )
         return self
+
+    def cells_per_step(self, treatments: int) -> int:
+        """Cells per step over all workers, the preset's own where none is set."""
+        own = treatments if self.preset == "paper" else 64 if self.gpu else 4
+        return self.batch_size or max(own, self.workers)
 
     @property
     def intensity(self) -> str:
@@ -358,12 +364,16 @@ class Benchmark(Section):
     """Cells that both generators draw."""
     plate_cells: Annotated[Positive, Field(ge=4)] = 61_440
     """Cells of the plate that the whole generation job draws; 35 kB of disk each."""
+    small_plate_cells: Annotated[Positive, Field(ge=4)] = 20_480
+    """Cells of a plate that the job draws once, to show what its start costs."""
+    bare_cells: Annotated[Positive, Field(ge=64)] = 8_192
+    """Cells that the bare model draws before and after each job, in two ways."""
     growth: bool = True
     """Whether cost is also shown over numbers of features, sides of patches and batches."""
     jobs: Positive = 5
     """How often the whole generation job is run."""
-    batch: Positive = 104
-    """Cells of a training step; the plain script needs about 3 MB for each."""
+    batch: Annotated[Positive, Field(ge=4, multiple_of=2)] = 104
+    """Cells of a training step, for two workers too; the plain script needs about 3 MB for each."""
     followed_steps: Positive = 200
     followed_batch: Positive = 13
     """Steps and cells over which the losses of both ways are compared."""

@@ -140,7 +140,9 @@ def evaluate(config: Config, watch: Stopwatch | None = None) -> Report:
             pairs = _pair(real, generated, model, settings)
         print(f"evaluate: {len(pairs):,} cells in both sets", flush=True)
         with watch.part("moving"):
-            training = _training_keys(real, model, pairs, settings.training_cells)
+            looks = any(name != "cp" for name in settings.embeddings)
+            limit = settings.training_cells if looks else 0
+            training = _training_keys(real, model, pairs, limit)
             shown = _spread(pairs, _SHOWN)
             sets = gather_cells(config, model, real, generated, pairs, shown, training, watch)
         with watch.part("writing"):

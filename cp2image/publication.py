@@ -303,7 +303,8 @@ def _run(
         for left in reversed(range(cluster.retries + 1)):
             again = []
             # What is tried again works alone: what kills its process must not take others along.
-            threads = job.threads if left == cluster.retries else 1
+            first = left == cluster.retries and left > 0
+            threads = job.threads if first else 1
             for record in _map(pending, work, factory, job, cluster, threads):
                 ready()
                 unit = work[record.number]
@@ -387,6 +388,8 @@ def _room(cluster: Cluster, threads: int) -> tuple[int, int]:
     room = sum(places) or 1
     if cluster.tasks:
         room = min(cluster.tasks, room)
+    if ray.available_resources().get("CPU", 0.0) < sum(cpus):  # shared with other work: small
+        threads = 1  # actors fit into what is left
     common = math.gcd(room, *places)
     return room, max(n for n in range(1, max(1, threads) + 1) if common % n == 0)
 

@@ -6,11 +6,12 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -148,9 +149,26 @@ class LateRecorder:
     """Opens its run on a thread; what is asked of it waits until that has happened."""
 
     def __init__(self, config: Config, step: str) -> None:
-        self._pool = ThreadPoolExecutor(1)
-        self._opening = self._pool.submit(_open, config, step, "")
-        self._pool.shutdown(wait=False)
+        self._opening: Future[MlflowRecorder] = Future()
+        self._given_up = Event()
+        # A daemon: a store that does not answer must not keep the process from ending.
+        Thread(target=self._open, args=(config, step), daemon=True).start()
+
+    def _open(self, config: Config, step: str) -> None:
+        try:
+            recorder = _open(config, step, "")
+        except BaseException as error:
+            self._opening.set_exception(error)
+            return
+        self._opening.set_result(recorder)
+        if self._given_up.is_set():
+            recorder.end("FAILED")
+
+    def give_up(self) -> None:
+        """Mark the run as failed, now or when it is open, without waiting for that."""
+        self._given_up.set()
+        if self._opening.done() and self._opening.exception() is None:
+            self._opening.result().end("FAILED")
 
     def opened(self) -> MlflowRecorder:
         """Return the open run.
@@ -193,8 +211,8 @@ def record_beside(config: Config, step: str) -> Iterator[Recorder]:
     try:
         yield recorder
     except BaseException:
-        with suppress(StorageError):  # the block's own error is the one to tell
-            recorder.opened().end("FAILED")
+        with suppress(Exception):  # the block's own error is the one to tell
+            recorder.give_up()
         raise
     recorder.opened().end("FINISHED")
 

@@ -108,7 +108,7 @@ class TrainingLoop:
         self._rank, self._world, self._device = rank, world, torch.device(device)
         settings, seed = plan.config.train, plan.config.run.seed
         treatments, count = train.treatments, len(plan.preparation.treatments)
-        size = settings.batch_size or count
+        size = settings.cells_per_step(count)
         if settings.balance == "cell":
             treatments, count = np.zeros_like(treatments), 1
         self._sampler = TreatmentSampler(

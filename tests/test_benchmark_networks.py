@@ -112,6 +112,8 @@ def written(tmp_path_factory, ray_session):
         "benchmark.drawn=8",
         "benchmark.plate_cells=12",
         "benchmark.jobs=1",
+        "benchmark.small_plate_cells=4",
+        "benchmark.bare_cells=64",
         "benchmark.growth=false",
         "benchmark.read_cells=208",
         "cluster.cells_per_task=3",
@@ -123,8 +125,12 @@ def written(tmp_path_factory, ray_session):
 
 def test_the_whole_generation_job_stands_beside_the_bare_model(written):
     text, folder = written
-    job = json.loads((folder / "generate.json").read_text())["results"]["jobs"][0]
+    job, small = json.loads((folder / "generate.json").read_text())["results"]["jobs"]
     assert job["cells"] == 12
+    assert job["flow_cells_per_s"] > 0
+    assert set(job["bare_cells_per_s"]) == {"torch threads", "Python threads"}
+    assert small["cells"] == 4
+    assert small["flow_cells_per_s"] is None  # no more parts than workers
     assert 0 < job["first_unit_s"] < job["seconds"]
     assert "The whole job, one plate" in text
 
@@ -132,9 +138,8 @@ def test_the_whole_generation_job_stands_beside_the_bare_model(written):
 def test_reading_stands_beside_one_file_per_cell_and_a_bare_scan(written):
     text, folder = written
     results = json.loads((folder / "input.json").read_text())["results"]
-    assert {"bare scan", "first read", "later pass", "one file, 0 workers"} <= set(
-        results["timings"]
-    )
+    ways = {"bare scan", "first read", "first read in a fresh Ray", "later pass"}
+    assert {*ways, "one file, 0 workers"} <= set(results["timings"])
     assert 0 <= results["training"]["waiting_share"] < 1
     assert "share of time waiting for cells" in text
 

@@ -311,5 +311,19 @@ def test_settings_of_the_other_preset_are_refused(train, name):
         Config.model_validate({"train": train})
 
 
+@pytest.mark.parametrize(
+    ("train", "cells"),
+    [
+        ({"preset": "paper"}, 104),
+        ({"preset": "cp2image-s"}, 4),
+        ({"preset": "cp2image-s", "workers": 8}, 8),
+        ({"preset": "cp2image-s", "gpu": True}, 64),
+        ({"preset": "cp2image-s", "batch_size": 30}, 30),
+    ],
+)
+def test_cells_of_a_step_are_the_presets_own_unless_set(train, cells):
+    assert Config.model_validate({"train": train}).train.cells_per_step(104) == cells
+
+
 def test_losses_of_the_config_start_from_the_recipes_own():
     assert Config().train.stochastic.model_dump() == asdict(StochasticSetting())

@@ -1,9 +1,12 @@
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 
+from cp2image import dataset
 from cp2image.data.schema import PatchFormat, build_table, decode_patches, to_parquet
 from cp2image.dataset import (
     CellRange,
@@ -189,3 +192,13 @@ def test_a_file_that_was_replaced_is_read_anew(tmp_path):
     assert read_range(cells).column("Metadata_ObjectNumber").to_pylist() == [1, 2, 3]
     publish_by_hand(uri, "P", [[7, 8, 9]])
     assert read_range(cells).column("Metadata_ObjectNumber").to_pylist() == [7, 8, 9]
+
+
+def test_each_thread_has_its_own_reader(tmp_path):
+    place = str(tmp_path / "x.parquet")
+    table = pa.table({"value": np.arange(4.0)})
+    write_bytes(place, to_parquet(table))
+    mine = dataset._parquet(place)
+    assert dataset._parquet(place) is mine
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(dataset._parquet, place).result() is not mine

@@ -12,11 +12,11 @@ from cp2image.checkpoint import load_model
 from cp2image.data.intensity import Intensity
 from cp2image.data.schema import decode_patches
 from cp2image.dataset import open_dataset
-from cp2image.errors import CheckpointError, TrainingError
+from cp2image.errors import CheckpointError, DatasetError, TrainingError
 from cp2image.models.recipe import PaperRecipe
 from cp2image.tracking import NoRecorder
 from cp2image.training import fingerprint
-from cp2image.training_cells import CellArrays
+from cp2image.training_cells import CellArrays, TrainingRead
 from cp2image.training_loop import TrainingLoop, read_state
 from tests.training_experiments import (
     CONSTANT,
@@ -225,7 +225,7 @@ def test_loop_interrupted_before_its_checkpoint_makes_it_with_all_metrics(
 ):
     config = experiment(tmp_path, cells)
 
-    def dying(self, metrics):
+    def dying(self, metrics, seconds):
         raise Killed
 
     with monkeypatch.context() as patched:
@@ -313,3 +313,33 @@ def test_the_saved_checkpoint_draws_validation_cells_as_well_as_training_said(ce
         losses.append(0.5 * ((real - drawn)[held_out] ** 2).sum(axis=(1, 2, 3)))
     said = model.card.metrics["validation/L_MSE"]
     assert np.concatenate(losses).mean() == pytest.approx(said, rel=0.01)
+
+
+def test_ranges_come_in_order_and_whole_however_many_threads_read(tmp_path, cells):
+    plan = plan_of(experiment(tmp_path, cells))
+    dataset = open_dataset(plan.config.train.input)
+    alone, many = (TrainingRead(dataset, plan.preparation, 7, threads=n) for n in (1, 3))
+    numbers = {"id": np.arange(len(alone.ranges))}
+    expected, found = list(alone(numbers)), list(many(numbers))
+    assert len(found) == len(expected) > 6
+    assert all(one.equals(other) for one, other in zip(found, expected, strict=True))
+
+
+def test_reading_ahead_ends_with_the_consumer_and_tells_errors(tmp_path, cells, monkeypatch):
+    plan = plan_of(experiment(tmp_path, cells))
+    read = TrainingRead(open_dataset(plan.config.train.input), plan.preparation, 7, threads=2)
+    begun, plain = [], TrainingRead._read
+
+    def follow(self, unit):
+        begun.append(unit.index)
+        if unit.start >= 28:
+            raise DatasetError("damaged")
+        return plain(self, unit)
+
+    monkeypatch.setattr(TrainingRead, "_read", follow)
+    tables = read({"id": np.arange(len(read.ranges))})
+    next(tables)
+    tables.close()
+    assert len(begun) <= 3
+    with pytest.raises(DatasetError, match="damaged"):
+        list(read({"id": np.arange(len(read.ranges))}))

@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 
-from cp2image.benchmarks.networks import Size, measure_growth, tell_drawing, time_drawing
+from cp2image.benchmarks.networks import (
+    Size,
+    measure_growth,
+    tell_drawing,
+    time_bare,
+    time_drawing,
+)
 from cp2image.benchmarks.patches import take_patches
 from cp2image.benchmarks.report import Findings, Table, Timing, tell
 from cp2image.benchmarks.stand_ins import publish_cells, save_stand_in
@@ -37,26 +43,31 @@ def benchmark_generate(config: Config) -> Findings:
     size = Size(features, len(patches.channels), patches.images.shape[-1])
     tell(f"generate: {settings.drawn} cells, plain and folded in turn")
     drawing = time_drawing(size, cells=settings.drawn, repetitions=settings.repetitions)
-
-    def draw(one: Size, cells: int = 64) -> Timing:
-        found = time_drawing(one, cells=cells, repetitions=settings.repetitions, plain=False)
-        return found.timings["float32"]
-
-    jobs, bare = [], [draw(size, settings.drawn).wall]
+    threads = torch.get_num_threads()
+    sizes = [settings.plate_cells] * settings.jobs + [settings.small_plate_cells]
+    jobs, bare = [], [time_bare(size, settings.bare_cells, threads)]
     with tempfile.TemporaryDirectory(prefix="cp2image-benchmark-") as folder:
         tell(f"generate: publishing a plate of {settings.plate_cells:,} cells")
-        cells = publish_cells(patches, folder, settings.plate_cells)
+        plates = {
+            n: publish_cells(patches, folder, n, name=f"cells-{n}") for n in sorted(set(sizes))
+        }
         checkpoint = save_stand_in(folder, patches.channels, size.side)
-        for _ in range(settings.jobs):
-            job = _time_job(config, folder, cells, checkpoint, settings.plate_cells)
-            bare.append(draw(size, settings.drawn).wall)  # before and after: machines vary
-            jobs.append(job | {"bare_cells_per_s": 2000 / (bare[-2] + bare[-1])})
+        for count in sizes:
+            job = _time_job(config, folder, plates[count], checkpoint, count)
+            bare.append(time_bare(size, settings.bare_cells, threads))  # machines vary
+            limits = {name: (bare[-2][name] + bare[-1][name]) / 2 for name in bare[-1]}
+            jobs.append(job | {"bare_cells_per_s": limits})
+
+    def draw(one: Size) -> Timing:
+        found = time_drawing(one, cells=64, repetitions=settings.repetitions, plain=False)
+        return found.timings["float32"]
+
     tables = [tell_drawing(drawing, size), _tell_jobs(jobs)]
     grown: list[dict[str, Any]] = []
     if settings.growth:
-        sizes = [Size(n, size.channels, size.side) for n in (50, 500, 2000)]
-        sizes += [Size(features, size.channels, side) for side in (64, 96, 128)]
-        table, grown = measure_growth(draw, sizes, "drawn cell")
+        grow = [Size(n, size.channels, size.side) for n in (50, 500, 2000)]
+        grow += [Size(features, size.channels, side) for side in (64, 96, 128)]
+        table, grown = measure_growth(draw, grow, "drawn cell")
         tables.append(table)
     figures = {
         "drawing": {name: timing.to_json() for name, timing in drawing.timings.items()},
@@ -73,7 +84,7 @@ def benchmark_generate(config: Config) -> Findings:
 
 def _time_job(
     config: Config, folder: str, cells: str, checkpoint: str, count: int
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Run the job on the whole plate; return its seconds and those between two units' ends."""
     output = join(folder, "screen")
     shutil.rmtree(output, ignore_errors=True)
@@ -89,8 +100,10 @@ def _time_job(
     seconds = time.perf_counter() - clock
     ends = sorted(part.stat().st_mtime for part in Path(output).rglob("part-*.parquet"))
     workers = max(1, int(job.cluster.tasks or (os.cpu_count() or 1)))
-    begun = min(workers, len(ends) - 1) - 1  # every actor has ended its first unit
-    flow = (len(ends) - 1 - begun) * job.cluster.cells_per_task / max(ends[-1] - ends[begun], 1e-9)
+    flow = None
+    if len(ends) > workers:  # each has ended its first unit, and there are more
+        left = len(ends) - workers
+        flow = left * job.cluster.cells_per_task / (ends[-1] - ends[workers - 1])
     return {
         "cells": count,
         "seconds": seconds,
@@ -99,28 +112,36 @@ def _time_job(
     }
 
 
-def _tell_jobs(jobs: list[dict[str, float]]) -> Table:
-    flow = [job["flow_cells_per_s"] / job["bare_cells_per_s"] for job in jobs]
-    whole = [job["cells"] / job["seconds"] / job["bare_cells_per_s"] for job in jobs]
-    rows = [
-        [
-            f"{job['cells']:,.0f}",
-            f"{job['seconds']:.1f} s",
-            f"{job['first_unit_s']:.1f} s",
-            f"{job['bare_cells_per_s']:,.0f}",
-            f"{job['flow_cells_per_s']:,.0f}",
-            f"{in_flow:.2f}",
-            f"{job['cells'] / job['seconds']:,.0f}",
-            f"{in_all:.2f}",
-        ]
-        for job, in_flow, in_all in zip(jobs, flow, whole, strict=True)
+def _tell_jobs(jobs: list[dict[str, Any]]) -> Table:
+    rows = []
+    for job in jobs:
+        rate, flow, bare = job["cells"] / job["seconds"], job["flow_cells_per_s"], _bare(job)
+        rows.append(
+            [
+                f"{job['cells']:,}",
+                f"{job['seconds']:.1f} s",
+                f"{job['first_unit_s']:.1f} s",
+                "–" if flow is None else f"{flow:,.0f}",
+                f"{rate:,.0f}",
+                *(f"{rate / limit:.2f} of {limit:,.0f}" for limit in bare),
+            ]
+        )
+    columns = ["cells", "whole job", "until the first unit", "cells/s from then on"]
+    columns += ["cells/s, all of it", "of the bare model, torch's threads"]
+    columns += ["of the bare model, Python's threads"]
+    large = [job for job in jobs if job["cells"] == max(one["cells"] for one in jobs)]
+    shares = [
+        median(job["cells"] / job["seconds"] / _bare(job)[way] for job in large) for way in (0, 1)
     ]
-    columns = ["cells", "whole job", "until the first unit", "bare model, cells/s"]
-    columns += ["cells/s from the first unit on", "of the bare model"]
-    columns += ["cells/s, all of it", "of the bare model"]
     note = (
         "Read, scale, draw, compress, write, publish, plate picture and MLflow; Ray was up. Bare "
-        "model: all threads, the mean of its speed before and after the job. Medians: "
-        f"{median(flow):.2f} of it from the first unit on, {median(whole):.2f} in all."
+        "model, the mean of its speed before and after the job: one pass after another on torch's "
+        "own threads, or one pass per Python thread side by side. Medians of the "
+        f"{len(large)} jobs of {large[0]['cells']:,} cells: {shares[0]:.2f} and {shares[1]:.2f}."
     )
     return Table("The whole job, one plate", columns, rows, note)
+
+
+def _bare(job: dict[str, Any]) -> tuple[float, float]:
+    limits = job["bare_cells_per_s"]
+    return limits["torch threads"], limits["Python threads"]

@@ -11,6 +11,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,39 @@ def time_drawing(
         seen = features[:64]
         difference = float((slow(seen) - folded["float32"](seen)).abs().max())
     return Drawing(interleave(calls, cells, repetitions), batch, difference)
+
+
+def time_bare(size: Size, cells: int, threads: int) -> dict[str, float]:
+    """Return the folded generator's cells a second with all threads, arranged in two ways.
+
+    ``"torch threads"``: one pass after another, each on all threads, as a script would have it;
+    ``"Python threads"``: as many passes side by side, each on one thread, as the actors of the
+    generation job have them.
+    """
+    torch.manual_seed(0)
+    network = FoldedGenerator(Generator(size.features, size.channels, size.side).eval())
+    features = torch.randn(1024, size.features)
+
+    def draw(count: int) -> None:
+        with torch.inference_mode():
+            for start in range(0, count, 16):
+                network(features[start % 1024 : start % 1024 + 16])
+
+    found = {}
+    kept = torch.get_num_threads()
+    try:
+        draw(64)
+        before = time.perf_counter()
+        draw(cells)
+        found["torch threads"] = cells / (time.perf_counter() - before)
+        torch.set_num_threads(1)
+        with ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1)) as pool:
+            before = time.perf_counter()
+            list(pool.map(draw, [cells // threads] * threads))
+            found["Python threads"] = cells / (time.perf_counter() - before)
+    finally:
+        torch.set_num_threads(kept)
+    return found
 
 
 def _seconds(call: Callable[[int], None], cells: int) -> float:
@@ -402,14 +436,23 @@ def benchmark_networks(
     return Findings(introduction, tables, figures)
 
 
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
 def run_alone() -> Report:
     """Parse the command line and run `benchmark_networks`: no config, no Ray."""
     parser = argparse.ArgumentParser(description=__doc__)
     for name, value in (("features", 453), ("channels", 3), ("side", 68), ("batch", 104)):
-        parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--cells", type=int, default=0, help="to draw; 0: fits the device")
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=200, help="over which losses are compared")
+        parser.add_argument(f"--{name}", type=_positive, default=value)
+    parser.add_argument("--cells", type=_positive, help="to draw; as many as fit the device")
+    parser.add_argument("--repetitions", type=_positive, default=5)
+    parser.add_argument(
+        "--steps", type=_positive, default=200, help="over which losses are compared"
+    )
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = Size(options.features, options.channels, options.side, options.batch)

@@ -111,8 +111,7 @@ class PlainTraining:
         generated = self.generator(features)
         with parametrize.cached():  # one power iteration a step, not one a pass
             self.discriminator_optimiser.zero_grad()
-            patches = torch.cat([real, generated.detach(), original])
-            _, logits = self.discriminator(patches, 2 * count)
+            _, logits = self.discriminator(torch.cat([real, generated.detach()]), 2 * count)
             ones = torch.ones(count, device=logits.device)
             adversary = binary_cross_entropy_with_logits(
                 logits[:count], ones

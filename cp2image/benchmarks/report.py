@@ -73,10 +73,10 @@ def interleave(
 ) -> dict[str, Timing]:
     """Time calls on ``cells`` cells in turn, so that other load hits them alike.
 
-    All have run once, on two cells, before the first is timed.
+    All have run once, on a tenth of the cells, before the first is timed.
     """
     for call in calls.values():
-        call(2)
+        call(max(2, cells // 10))
     samples: dict[str, list[Sample]] = {name: [] for name in calls}
     for _ in range(repetitions):
         for name, call in calls.items():

@@ -19,6 +19,9 @@ def run_benchmarks(config: Config) -> str:
     StorageError
         If ``benchmark.output`` cannot be written.
     """
+    write_bytes(  # refused now rather than after minutes of timing
+        join(config.benchmark.output, "_config.yaml"), config.yaml().encode()
+    )
     texts = []
     for name in config.benchmark.which:
         report = _run(name, config)

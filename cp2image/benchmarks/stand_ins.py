@@ -78,7 +78,8 @@ def _identify(numbers: "np.ndarray[tuple[int], np.dtype[np.int64]]", plate: str)
             "Metadata_Site": 1,
             "Metadata_ImageNumber": well + 1,
             "Metadata_ObjectNumber": numbers + 1,
-            "Metadata_Compound": np.where(well % 3 == 0, "DMSO", "taxol"),
+            "Metadata_Compound": np.where(well % 3 == 0, "DMSO", [f"drug {w % 8}" for w in well]),
+            "Metadata_MOA": np.where(well % 3 == 0, "DMSO", [f"moa {w % 4}" for w in well]),
         }
     )
 

@@ -155,3 +155,16 @@ def test_foreign_and_later_tables_are_refused():
 @pytest.mark.parametrize(("dtype", "scale"), [("uint8", 255), ("uint16", 65535), ("float32", 1)])
 def test_full_scale_is_what_stands_for_intensity_one(dtype, scale):
     assert PatchFormat(CHANNELS, 6, dtype).full_scale == scale
+
+
+def test_floats_are_packed_by_lz4_and_patches_by_zstd():
+    table = pa.table(
+        {
+            "Metadata_Well": ["A01"] * 3,
+            "Nuclei_AreaShape_Area": pa.array([1.0, 2.0, 3.0], pa.float32()),
+            "patch": pa.array([b"abcd"] * 3, pa.binary(4)),
+        }
+    )
+    group = pq.ParquetFile(pa.BufferReader(to_parquet(table))).metadata.row_group(0)
+    packed = {group.column(i).path_in_schema: group.column(i).compression for i in range(3)}
+    assert packed == {"Metadata_Well": "ZSTD", "Nuclei_AreaShape_Area": "LZ4", "patch": "ZSTD"}

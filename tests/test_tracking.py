@@ -1,0 +1,97 @@
+"""MLflow runs that open beside the work."""
+
+import threading
+import time
+
+import pytest
+
+from cp2image import tracking
+from cp2image.config import Config
+from cp2image.errors import DatasetError, StorageError
+from cp2image.tracking import NoRecorder, record_beside
+
+
+class Run:
+    run_id = "7"
+
+    def __init__(self):
+        self.ends, self.values = [], {}
+
+    def end(self, status):
+        self.ends.append(status)
+
+    def metrics(self, values, step=0):
+        self.values |= values
+
+
+def run_block(block):
+    with record_beside(Config(), "generate") as recorder:
+        block(recorder)
+
+
+def fail(recorder):
+    raise DatasetError("own error")
+
+
+@pytest.fixture
+def opening(monkeypatch):
+    """A run that opens when the event is set, and the event."""
+    run, gate = Run(), threading.Event()
+
+    def open_late(config, step, run_id):
+        assert gate.wait(10)
+        return run
+
+    monkeypatch.setattr(tracking, "_open", open_late)
+    return run, gate
+
+
+def test_the_block_begins_before_the_run_is_open_and_what_it_records_waits(opening):
+    run, gate = opening
+    with record_beside(Config(), "generate") as recorder:
+        assert not run.values
+        gate.set()
+        recorder.metrics({"cells": 3.0})
+        assert recorder.run_id == "7"
+    assert run.values == {"cells": 3.0}
+    assert run.ends == ["FINISHED"]
+
+
+def test_a_store_that_refuses_is_told_when_first_asked(monkeypatch):
+    def refuse(config, step, run_id):
+        raise StorageError("wrong password")
+
+    monkeypatch.setattr(tracking, "_open", refuse)
+    with pytest.raises(StorageError, match="wrong password"):
+        run_block(lambda recorder: recorder.opened())
+    with pytest.raises(DatasetError, match="own error"):
+        run_block(fail)
+
+
+def test_an_error_does_not_wait_for_a_silent_store_and_the_run_fails_when_it_opens(opening):
+    run, gate = opening
+    started = time.monotonic()
+    with pytest.raises(DatasetError):
+        run_block(fail)
+    assert time.monotonic() - started < 5
+    gate.set()
+    for _ in range(100):
+        if run.ends:
+            break
+        time.sleep(0.05)
+    assert run.ends == ["FAILED"]
+
+
+def test_an_open_run_fails_with_its_block(opening):
+    run, gate = opening
+    gate.set()
+    with pytest.raises(DatasetError, match="own error"):
+        run_block(lambda recorder: (recorder.opened(), fail(recorder)))
+    assert run.ends == ["FAILED"]
+
+
+def test_without_tracking_nothing_is_opened(monkeypatch):
+    monkeypatch.setattr(tracking, "_open", lambda *_: pytest.fail("opened"))
+    config = Config.model_validate({"tracking": {"enabled": False}})
+    with record_beside(config, "generate") as recorder:
+        assert isinstance(recorder.opened(), NoRecorder)
