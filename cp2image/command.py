@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-from cp2image.config import Config, read_config
+from cp2image.config import Config
+from cp2image.config_reading import read_config
 from cp2image.errors import Cp2ImageError
 
 DONE, BUG, REFUSED = 0, 1, 2

@@ -21,7 +21,7 @@ from cp2image.benchmarks.networks import (
 )
 from cp2image.benchmarks.report import Sample, Timing
 from cp2image.benchmarks.running import run_benchmarks
-from cp2image.config import read_config
+from cp2image.config_reading import read_config
 
 SMALL = Size(features=6, channels=2, side=36, batch=4)
 ROOT = Path(__file__).parents[1]

@@ -21,7 +21,7 @@ from cp2image.benchmarks.plain_evaluation import (
 from cp2image.benchmarks.plain_measurement import measure_plain
 from cp2image.benchmarks.report import Comparison, Sample, Timing, interleave
 from cp2image.benchmarks.running import run_benchmarks
-from cp2image.config import read_config
+from cp2image.config_reading import read_config
 from cp2image.errors import DatasetError
 from cp2image.metrics.correlation import feature_correlation
 from cp2image.metrics.embedding import CellProfilerEmbedding

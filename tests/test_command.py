@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from cp2image.command import run_job
-from cp2image.config import Config, read_config
+from cp2image.config import Config
+from cp2image.config_reading import read_config
 from cp2image.errors import StorageError, TableError
 
 

@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cp2image import errors
-from cp2image.config import Config, local_folder, read_config
+from cp2image.config import Config, local_folder
+from cp2image.config_reading import read_config
 from cp2image.errors import ConfigError, Cp2ImageError, StorageError
 from cp2image.models.stochastic_recipe import StochasticSetting
 
@@ -267,7 +268,8 @@ def test_a_fingerprint_tells_settings_apart_but_not_where_outputs_go(read):
 
 def test_a_fingerprint_is_the_same_in_another_process():
     code = (
-        "from cp2image.config import read_config as r; print(r(None).fingerprint('train', 'split'))"
+        "from cp2image.config_reading import read_config as r; "
+        "print(r(None).fingerprint('train', 'split'))"
     )
     shown = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60

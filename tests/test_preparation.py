@@ -14,7 +14,8 @@ from PIL import Image
 from scipy import ndimage
 
 from cp2image.command import REFUSED, run_job
-from cp2image.config import Config, read_config
+from cp2image.config import Config
+from cp2image.config_reading import read_config
 from cp2image.data.simulate import SimulatedScreen, simulate_screen
 from cp2image.dataset import open_dataset
 from cp2image.errors import DatasetError
