@@ -136,12 +136,21 @@ def derive(config: Config, system: str, seed: int) -> Config:
                 f"compare.systems.{system}: {section!r} holds a value; expected a section, as "
                 "train: {preset: paper}"
             )
-        data.setdefault(section, {})
-        data[section] |= values
+        data[section] = _merge(data.get(section, {}), values)
     try:
         return Config.model_validate(data).resolve()
     except ValidationError as error:
         raise ConfigError(f"compare.systems.{system}: {explain(error, Config)}") from error
+
+
+def _merge(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Return ``values`` with ``changes``, level by level: what is not named stays."""
+    merged = dict(values)
+    for key, change in changes.items():
+        known = merged.get(key)
+        both = isinstance(known, dict) and isinstance(change, dict)
+        merged[key] = _merge(known, change) if both else change
+    return merged
 
 
 def _run(config: Config) -> dict[str, Any]:
