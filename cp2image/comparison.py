@@ -148,8 +148,8 @@ def _merge(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     merged = dict(values)
     for key, change in changes.items():
         known = merged.get(key)
-        both = isinstance(known, dict) and isinstance(change, dict)
-        merged[key] = _merge(known, change) if both else change
+        nested = isinstance(known, dict) and isinstance(change, dict)
+        merged[key] = _merge(dict(known or {}), change) if nested else change
     return merged
 
 

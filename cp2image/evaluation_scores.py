@@ -223,7 +223,8 @@ def consistency(
     with np.errstate(invalid="ignore", divide="ignore"):
         known = np.isfinite(stack).all(axis=0)
         variance = np.where(known, stack.var(axis=0, ddof=1), 0).sum(axis=0) / known.sum(axis=0)
-        cells = np.nanstd(truth, axis=0)
+        there = np.isfinite(truth)
+        cells = np.std(truth, axis=0, where=there)
         mean, own = stack.mean(axis=0), truth[rows]
         both = known & np.isfinite(own)
         r = [
