@@ -24,7 +24,7 @@ def cells(tmp_path_factory):
 
 
 def settings(folder, cells, **more):
-    own = {"preset": "cp2image-s", "learning_rate": None, "steps": STEPS} | more
+    own = {"preset": "cp2image-s", "learning_rate": None, "gamma_ramp": 2500, "steps": STEPS} | more
     return experiment(folder, cells, **own)
 
 
