@@ -143,7 +143,8 @@ def gather_cells(
     """
     keys = cells["key"].to_numpy()
     plates = sorted(cells[PLATE].astype(str).unique())
-    redraws = config.evaluate.shuffle_control or config.evaluate.draws > 1
+    draws = config.evaluate.draws if model.card.preset == STOCHASTIC else 0
+    redraws = config.evaluate.shuffle_control or draws > 1
     requested = list(model.features) if redraws else []
     wanted = ((real, real.features), (generated, requested))
     sources = [
@@ -188,8 +189,7 @@ def gather_cells(
     if config.evaluate.shuffle_control:
         rows, other = _permute(cells)
         (found.shuffled,), found.shuffled_rows = redraw(rows, other, [seed]), rows
-    draws = config.evaluate.draws
-    if draws > 1 and model.card.preset == STOCHASTIC:
+    if draws > 1:
         rows = np.sort(np.random.default_rng(1).permutation(len(cells))[:_DRAWN_AGAIN])
         found.drawn_rows = rows
         found.draws = redraw(rows, rows, [seed + 1 + turn for turn in range(draws)])
