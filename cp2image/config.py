@@ -213,13 +213,15 @@ class Stochastic(Section):
     """Weight of L_MSE between a cell and the mean of its draws."""
     draws: Positive = 1
     """Draws of a cell whose mean L_MSE sees."""
-    regression: NotNegative = 0.5
+    regression: NotNegative = 1.0
     """Weight of the features as the discriminator reads them from a patch."""
-    penalty: NotNegative = 1.0
+    penalty: NotNegative = 0.3
     """γ of the gradient penalties R1 + R2."""
     penalty_every: Positive = 8
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Decay of the averaged generator per step."""
+    cooldown: Annotated[float, Field(ge=0, le=1)] = 0.3
+    """Share of the training, its last, in which the learning rates fall to 0 in a line."""
 
 
 class Train(Section):

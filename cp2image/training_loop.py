@@ -138,11 +138,10 @@ class TrainingLoop:
             If a loss or a weight is not finite.
         """
         settings = self._plan.config.train
-        seconds = 60 * settings.minutes if settings.minutes else float("inf")
         self._resume()
         progress = _Progress(self.step, self._seconds)
         metrics: dict[str, float] = {}
-        last = self.step >= settings.steps or self._seconds > seconds
+        last = self._share(self._seconds) >= 1
         with _Ahead(self._batch, self.step) as ahead:
             while not last:
                 with progress.waiting():
@@ -151,7 +150,7 @@ class TrainingLoop:
                 self.step += 1
                 last = self.step == settings.steps
                 if self.step % settings.log_every == 0 or last:
-                    last = self._agree(last or progress.seconds > seconds)
+                    last = self._share(progress.seconds) >= 1
                     self._log(progress)
                 if self.step % settings.validate_every == 0 or last:
                     self._average_statistics()
@@ -195,12 +194,18 @@ class TrainingLoop:
         state = self._recipe.state()
         self._average([value for name, value in state.items() if name.endswith(("_mean", "_var"))])
 
-    def _agree(self, stop: bool) -> bool:
-        if self._world == 1:
-            return stop
-        flag = torch.tensor([float(stop)], device=self._device)
-        dist.broadcast(flag, src=0)
-        return bool(flag.item())
+    def _share(self, seconds: float) -> float:
+        """Return which share of the training is done, by rank 0's clock, and tell the recipe."""
+        settings = self._plan.config.train
+        share = self.step / settings.steps
+        if settings.minutes:
+            share = max(share, seconds / (60 * settings.minutes))
+        if self._world > 1:
+            agreed = torch.tensor([share], device=self._device, dtype=torch.float64)
+            dist.broadcast(agreed, src=0)
+            share = float(agreed)
+        self._recipe.reached(share)
+        return share
 
     def _check_finite(self, values: dict[str, float]) -> None:
         bad = [name for name, value in values.items() if not np.isfinite(value)]

@@ -55,6 +55,9 @@ class Recipe(Protocol):
     def step(self, batch: Batch, step: int, average: Average) -> dict[str, Tensor]:
         """Train on one batch; return named losses as scalars."""
 
+    def reached(self, share: float) -> None:
+        """Hear which share of the training is done, 0 to 1, for schedules; before some steps."""
+
     def draw(self, features: Tensor, keys: Tensor, seed: int = 0) -> Tensor:
         """Draw patches (N, C, H, W) in [0, 1] from scaled features, as the checkpoint will."""
 
@@ -184,6 +187,9 @@ class PaperRecipe:
             torch._foreach_mul_(self._kernels, 1 - self.decay)
         losses = {f"L_H{i}": layer for i, layer in enumerate(layers, start=1)}
         return {"L_MSE": pixel, **losses, "L_generator": total, "L_Dis": adversary}
+
+    def reached(self, share: float) -> None:
+        """Do nothing: the paper's learning rates are constant."""
 
     def draw(self, features: Tensor, keys: Tensor, seed: int = 0) -> Tensor:
         """Draw from scaled features in evaluation mode; there is no noise to key."""

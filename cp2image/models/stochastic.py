@@ -1,11 +1,11 @@
 """cp2image-s: a generator that draws one of the cells a profile allows. Pure torch.
 
-Features and a noise vector shape a coarse map; up to half the patch's side it is doubled by
-bilinear interpolation, with two 3 × 3 convolutions at each side, and each of the last map's points
-becomes 2 × 2 pixels (Shi et al., CVPR 2016): no layer works at the patch's own side, where most of
-the time would go. Group norm is modulated by features and
-noise (FiLM, Perez et al., AAAI 2018), a noise map enters before every activation with a learned
-strength per channel (StyleGAN, Karras et al., CVPR 2019). The discriminator compares a patch with
+Features and a noise vector shape a coarse map that is doubled by bilinear interpolation, with two
+3 × 3 convolutions at each side up to half the patch's. At the patch's own side, where most of the
+time would go, one thin convolution is left; pixels that come out of one point in fours (Shi et al.,
+CVPR 2016) left a chequered pattern. Group norm is modulated by features and noise (FiLM, Perez et
+al., AAAI 2018), a noise map enters before every activation with a learned strength per channel
+(StyleGAN, Karras et al., CVPR 2019). The discriminator compares a patch with
 its features by projection (Miyato and Koyama, ICLR 2018) and predicts them (as the auxiliary
 classifier of Odena et al., ICML 2017, with numbers for classes).
 """
@@ -20,7 +20,6 @@ from torch.nn.functional import (
     interpolate,
     leaky_relu,
     pad,
-    pixel_shuffle,
     pixel_unshuffle,
 )
 
@@ -32,6 +31,8 @@ _SLOPE = 0.2
 _EMBEDDING, _STYLE = 256, 192
 _WIDTHS = (64, 64, 32)
 """Channels of the coarse map, then after each doubling; the last is kept where there are more."""
+_FINE = 16
+"""Channels at the patch's own side."""
 _SEEN = (32, 64, 128)
 """Channels of the discriminator's stages; the last is kept where there are more."""
 _LOCAL = 3
@@ -44,7 +45,7 @@ def map_sides(patch_size: int) -> tuple[int, ...]:
     """Return the sides of the generator's maps, coarse to fine.
 
     >>> map_sides(68)
-    (9, 17, 34)
+    (9, 17, 34, 68)
 
     Raises
     ------
@@ -53,8 +54,8 @@ def map_sides(patch_size: int) -> tuple[int, ...]:
     """
     if patch_size < 16:
         raise ValueError(f"patch_size={patch_size}: the network needs at least 16 px")
-    sides = [-(-patch_size // 2)]
-    while sides[-1] > _COARSEST or len(sides) < 2:
+    sides = [patch_size]
+    while sides[-1] > _COARSEST or len(sides) < 3:
         sides.append(-(-sides[-1] // 2))
     return tuple(reversed(sides))
 
@@ -105,18 +106,19 @@ class StochasticGenerator(nn.Module):
         style, first = _STYLE + NOISE, self.sides[0]
         self.coarse = nn.Linear(style, _WIDTHS[0] * first * first)
         blocks = []
-        for stage in range(1, len(self.sides)):
+        for stage in range(1, len(self.sides) - 1):
             inputs, outputs = _width(_WIDTHS, stage - 1), _width(_WIDTHS, stage)
             blocks += [_Block(inputs, outputs, style), _Block(outputs, outputs, style)]
         self.blocks = nn.ModuleList(blocks)
-        last = _width(_WIDTHS, len(self.sides) - 1)
-        self.to_pixels = nn.Conv2d(last, 4 * channels, 3, padding=1)
-        self._patch_size = patch_size
+        last = _width(_WIDTHS, len(self.sides) - 2)
+        self.fine = nn.Conv2d(last, _FINE, 3, padding=1)
+        self.strength = nn.Parameter(torch.zeros(_FINE))
+        self.to_pixels = nn.Conv2d(_FINE, channels, 3, padding=1)
 
     @property
     def noise_size(self) -> int:
-        """Numbers of noise that one patch takes: the vector, and two maps at each side."""
-        return NOISE + 2 * sum(side * side for side in self.sides[1:])
+        """Numbers of noise that one patch takes: the vector, two maps a side, one at the last."""
+        return NOISE + 2 * sum(side**2 for side in self.sides[1:-1]) + self.sides[-1] ** 2
 
     def noise(self, keys: Tensor, seed: int) -> Tensor:
         """Return the noise of cells by their keys, (N, noise_size), see `keyed_normal`."""
@@ -141,14 +143,20 @@ class StochasticGenerator(nn.Module):
         style = torch.cat([self.embedding(features), noise[:, :NOISE]], dim=1)
         x = self.coarse(style).view(-1, _WIDTHS[0], first, first)
         x = x.contiguous(memory_format=torch.channels_last)
-        for stage, side in enumerate(self.sides[1:]):
-            x = interpolate(x, size=(side, side), mode="bilinear", align_corners=False)
+        for stage, side in enumerate(self.sides[1:-1]):
+            x = _resized(x, side)
             for block in self.blocks[2 * stage : 2 * stage + 2]:
                 end = start + side * side
                 x = block(x, style, noise[:, start:end].reshape(-1, 1, side, side))
                 start = end
-        x = pixel_shuffle(torch.sigmoid(self.to_pixels(x)), 2)
-        return x[:, :, : self._patch_size, : self._patch_size]
+        side = self.sides[-1]
+        x = _resized(self.fine(x), side)
+        x = x + self.strength.view(1, -1, 1, 1) * noise[:, start:].reshape(-1, 1, side, side)
+        return torch.sigmoid(self.to_pixels(leaky_relu(x, _SLOPE)))
+
+
+def _resized(x: Tensor, side: int) -> Tensor:
+    return interpolate(x, size=(side, side), mode="bilinear", align_corners=False)
 
 
 class StochasticDiscriminator(nn.Module):
@@ -162,7 +170,7 @@ class StochasticDiscriminator(nn.Module):
 
     def __init__(self, features: int, channels: int = 3, patch_size: int = 68) -> None:
         super().__init__()
-        stages = len(map_sides(patch_size))
+        stages = len(map_sides(patch_size)) - 1
         widths = [4 * channels, *(_width(_SEEN, stage) for stage in range(stages))]
         self.convolutions = nn.ModuleList()
         for inputs, outputs in pairwise(widths):

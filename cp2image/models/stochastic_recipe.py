@@ -33,15 +33,18 @@ class StochasticSetting:
         Steps from one penalty to the next; it counts that many times.
     ema
         Decay of the averaged generator, per step, once training is under way.
+    cooldown
+        Share of the training, its last, in which the learning rates fall to 0 in a line.
     """
 
     learning_rate: float = 4e-4
     pixel: float = 0.005
     draws: int = 1
-    regression: float = 0.5
-    penalty: float = 1.0
+    regression: float = 1.0
+    penalty: float = 0.3
     penalty_every: int = 8
     ema: float = 0.999
+    cooldown: float = 0.3
 
 
 class StochasticRecipe:
@@ -84,8 +87,16 @@ class StochasticRecipe:
         self._device = torch.device(device)
         self._g, self._d = list(self.generator.parameters()), list(self.discriminator.parameters())
         rate, betas = setting.learning_rate, (0.0, 0.99)
-        self.generator_optimiser = torch.optim.Adam(self._g, lr=rate, betas=betas)
-        self.discriminator_optimiser = torch.optim.Adam(self._d, lr=rate, betas=betas)
+        self.generator_optimiser = torch.optim.Adam(self._g, lr=rate, betas=betas, fused=True)
+        self.discriminator_optimiser = torch.optim.Adam(self._d, lr=rate, betas=betas, fused=True)
+
+    def reached(self, share: float) -> None:
+        """Set the learning rates by the share of the training that is done, 0 to 1."""
+        left, cooldown = 1 - min(share, 1.0), self.setting.cooldown
+        rate = self.setting.learning_rate * (min(1.0, left / cooldown) if cooldown else 1.0)
+        for optimiser in (self.generator_optimiser, self.discriminator_optimiser):
+            for group in optimiser.param_groups:
+                group["lr"] = rate
 
     def step(self, batch: Batch, step: int, average: Average) -> dict[str, Tensor]:
         """Train both networks on one batch; each sees the other as it was before the step.

@@ -43,7 +43,13 @@ def equal(one, other):
 
 @pytest.mark.parametrize(
     ("size", "sides"),
-    [(16, (4, 8)), (64, (8, 16, 32)), (68, (9, 17, 34)), (69, (9, 18, 35)), (128, (8, 16, 32, 64))],
+    [
+        (16, (4, 8, 16)),
+        (64, (8, 16, 32, 64)),
+        (68, (9, 17, 34, 68)),
+        (69, (9, 18, 35, 69)),
+        (128, (8, 16, 32, 64, 128)),
+    ],
 )
 @pytest.mark.parametrize("channels", [1, 3, 5])
 def test_any_channels_and_sides(size, sides, channels):
@@ -68,6 +74,7 @@ def test_every_number_of_the_noise_has_its_place():
     with torch.no_grad():
         for block in generator.blocks:
             block.strength.fill_(0.5)
+        generator.strength.fill_(0.5)
     noise = torch.randn(1, generator.noise_size, requires_grad=True)
     generator(torch.randn(1, FEATURES), noise).square().sum().backward()
     assert (noise.grad != 0).all()
@@ -209,3 +216,32 @@ def test_noise_and_draws_are_the_same_on_a_gpu():
     tested.averaged.to("cuda")
     found = tested.draw(features.to("cuda"), keys.to("cuda")).cpu()
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-2)
+
+
+def test_learning_rates_fall_in_a_line_over_the_last_share_of_the_training():
+    tested = recipe(learning_rate=0.1, cooldown=0.25)
+
+    def rates():
+        optimisers = (tested.generator_optimiser, tested.discriminator_optimiser)
+        return [group["lr"] for one in optimisers for group in one.param_groups]
+
+    for share, rate in [(0, 0.1), (0.75, 0.1), (0.875, 0.05), (1, 0), (1.2, 0), (0.5, 0.1)]:
+        tested.reached(share)
+        assert rates() == pytest.approx([rate, rate])
+
+
+def test_without_a_cooldown_the_rate_stays():
+    tested = recipe(cooldown=0)
+    tested.reached(1)
+    assert tested.generator_optimiser.param_groups[0]["lr"] == StochasticSetting().learning_rate
+
+
+def test_neighbouring_pixels_start_without_a_pattern_of_fours():
+    """Pixels of the four phases of a 2 × 2 grid are alike in the mean over many cells."""
+    torch.manual_seed(0)
+    generator = StochasticGenerator(FEATURES, 1, 68)
+    noise = torch.randn(64, generator.noise_size)
+    with torch.no_grad():
+        drawn = generator(torch.randn(64, FEATURES), noise)[:, 0, 8:60, 8:60].mean(dim=0)
+    phases = torch.stack([drawn[i::2, j::2].mean() for i in (0, 1) for j in (0, 1)])
+    assert float(phases.std()) < 0.02 * float(drawn.std())
