@@ -1,6 +1,7 @@
 """The command line that every job shares. Floor: above config; no step and no Ray."""
 
 import argparse
+import json
 import signal
 import sys
 import threading
@@ -30,6 +31,8 @@ def run_job(
     action: Callable[[Config], object],
     preview: Callable[[Config], str] | None = None,
     argv: Sequence[str] | None = None,
+    *,
+    plates_of: str = "",
 ) -> int:
     """Parse the command line, run one step, print its result or one readable error.
 
@@ -43,6 +46,8 @@ def run_job(
         What the step would read and write, printed by ``--dry-run`` below the config.
     argv
         Arguments; None for the process's own.
+    plates_of
+        Section of the config whose ``plates`` may be chosen by ``--plates``.
 
     Returns
     -------
@@ -50,10 +55,21 @@ def run_job(
         Exit code: 0 done; 1 a bug, with its traceback; 2 input or settings refused, one message
         without a traceback; 130 after SIGINT (Ctrl-C), 143 after SIGTERM, both unwound.
     """
-    options = _parser(description).parse_args(argv)
+    parser = _parser(description)
+    if plates_of:
+        parser.add_argument(
+            "--plates",
+            metavar="PLATE",
+            nargs="+",
+            help="only these plates; others may follow later",
+        )
+    options = parser.parse_args(argv)
+    changes = list(options.set or [])
+    if plates_of and options.plates:
+        changes.append(f"{plates_of}.plates={json.dumps(options.plates)}")
     try:
         with _signals_unwind():
-            config = read_config(options.config, options.set).anchor()
+            config = read_config(options.config, changes).anchor()
             if options.dry_run:
                 print(_describe(config, preview), flush=True)
                 return DONE

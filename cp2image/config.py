@@ -160,6 +160,8 @@ class Prepare(Section):
     """Bits of the camera, where they are the lower ones of a wider file (12 for 0…4095)."""
     quality: Quality = Quality()
     output: str = ""
+    plates: list[str] = []
+    """Only these; empty: all. The others can follow later."""
 
 
 class Measure(Section):
@@ -167,6 +169,8 @@ class Measure(Section):
 
     input: str = ""
     output: str = ""
+    plates: list[str] = []
+    """Only these; empty: all. The others can follow later."""
     families: list[str] | None = None
     """None: all of `cp2image.metrics.measurement.FAMILIES`."""
     compartments: list[str] = ["Nuclei", "Cells", "Cytoplasm"]
@@ -483,7 +487,8 @@ class Config(Section):
     def fingerprint(self, *sections: str, inputs: Sequence[str] = ()) -> str:
         """Return a short hash that tells outputs of other settings or inputs apart.
 
-        Where the steps' datasets lie does not count; ``inputs`` are what identifies the data.
+        Where the steps' datasets lie and which plates were chosen does not count; ``inputs`` are
+        what identifies the data.
 
         Raises
         ------
@@ -497,6 +502,8 @@ class Config(Section):
                 raise ConfigError(f"no section {section!r} in a config{nearest(section, known)}")
             for place in ("input", "output", "checkpoint"):
                 chosen[section].pop(place, None)
+            if isinstance(chosen[section].get("plates"), list):
+                del chosen[section]["plates"]
         text = json.dumps([chosen, sorted(inputs)], sort_keys=True)
         return sha256(text.encode()).hexdigest()[:16]
 

@@ -88,12 +88,9 @@ def generate(config: Config) -> Publication:
 
 
 def _fingerprint(config: Config, model: Model) -> str:
-    """Hash what decides the pixels of a plate; which plates are chosen does not."""
-    chosen = config.generate.model_copy(update={"plates": []})
+    """Hash what decides the pixels of a plate."""
     control = json.dumps(config.scaling.control, sort_keys=True)
-    return config.model_copy(update={"generate": chosen}).fingerprint(
-        "generate", inputs=[model.hash, f"seed {config.run.seed}", control]
-    )
+    return config.fingerprint("generate", inputs=[model.hash, f"seed {config.run.seed}", control])
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def measure_dataset(config: Config) -> Publication:
     join_cluster(config.cluster)
     mark = config.fingerprint("measure")
     inputs = {plate: manifest.identity for plate, manifest in dataset.manifests.items()}
-    units = dataset.ranges(config.cluster.cells_per_task)
+    units = dataset.ranges(config.cluster.cells_per_task, settings.plates or None)
     with record_beside(config, "measure") as recorder:
         factory = partial(_Measure, config, dataset.patch_format, dataset.metadata)
         result = publish(

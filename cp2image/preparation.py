@@ -11,7 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from cp2image.cluster import join_cluster
-from cp2image.columns import IMAGE_NUMBER, METADATA, PLATE, measurements
+from cp2image.columns import IMAGE_NUMBER, METADATA, PLATE, measurements, nearest
 from cp2image.config import Config
 from cp2image.data.fields import read_field
 from cp2image.data.illumination import SMOOTHING_PX, IlluminationSum, correct
@@ -136,7 +136,7 @@ def _stage_tables(config: Config, staging: str, published: set[str]) -> _Staged:
                     "one table, or its cells would be doubled"
                 )
             seen[plate] = uri
-            if plate in published:
+            if plate in published or (settings.plates and plate not in settings.plates):
                 continue
             cells = table.read(plate)
             names = [column.name for column in measurements(cells.columns)]
@@ -156,7 +156,17 @@ def _stage_tables(config: Config, staging: str, published: set[str]) -> _Staged:
                 sources, on=[PLATE, IMAGE_NUMBER], how="left", validate="many_to_one"
             )
             staged.units.extend(stage_plate(staging, plate, cells, _CELLS_PER_UNIT, [IMAGE_NUMBER]))
+    _require_plates(settings.plates, list(seen), ", ".join(settings.tables))
     return staged
+
+
+def _require_plates(chosen: list[str], known: list[str], where: str) -> None:
+    for plate in chosen:
+        if plate not in known:
+            raise TableError(
+                f"{where}: no plate {plate!r}{nearest(plate, known)}; "
+                f"there are {len(known)}: {', '.join(sorted(known)[:8])}"
+            )
 
 
 def _require_same(known: list[str], found: list[str], where: str) -> None:
@@ -175,8 +185,10 @@ def _stage_stacks(config: Config, staging: str, published: set[str]) -> _Staged:
         raise ConfigError("prepare.stacks is empty")
     staged = _Staged()
     index = open_stacks(stacks.index, stacks.columns)
+    chosen = config.prepare.plates or index[PLATE].astype(str).unique().tolist()
+    _require_plates(chosen, index[PLATE].astype(str).unique().tolist(), stacks.index)
     for plate, cells in index.groupby(PLATE, sort=True):
-        if str(plate) not in published:
+        if str(plate) in chosen and str(plate) not in published:
             rows = cells.sort_values([FILE, PAGE], ignore_index=True)
             size = config.cluster.cells_per_task
             staged.units.extend(stage_plate(staging, str(plate), rows, size))

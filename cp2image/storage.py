@@ -43,7 +43,8 @@ _REASONS = {
     "INVALID_ACCESS_KEY_ID": "the S3 key is not known to the store (AWS_ACCESS_KEY_ID)",
     "NO_SUCH_BUCKET": "the bucket does not exist at this endpoint (AWS_ENDPOINT_URL, AWS_REGION)",
     "NO_SUCH_KEY": "no such object",
-    "SIGNATURE_DOES_NOT_MATCH": "the S3 secret is wrong (AWS_SECRET_ACCESS_KEY)",
+    "SIGNATURE_DOES_NOT_MATCH": "the S3 secret is wrong (AWS_SECRET_ACCESS_KEY), or its key is "
+    "not known to this store (AWS_ACCESS_KEY_ID)",
 }
 """Errors that no repetition mends, and what they mean."""
 _T = TypeVar("_T")
@@ -205,7 +206,8 @@ def _retry(uri: str, action: str, call: Callable[[], _T]) -> _T:
         except (OSError, pa.ArrowException, RuntimeError) as error:
             pause = wait * (0.5 + random.random())
             if _is_final(str(error)) or time.monotonic() + pause > ends:
-                raise StorageError(f"{uri}: cannot {action}: {_reason(error)}") from error
+                why = _why_denied(uri, error) or _reason(error)
+                raise StorageError(f"{uri}: cannot {action}: {why}") from error
             time.sleep(pause)
             wait = min(wait * 2, 10.0)
 
@@ -229,6 +231,20 @@ def _is_final(text: str) -> bool:
     return bool(found and found["code"] in _REASONS) or (
         300 <= status < 500 and status not in (408, 429)
     )
+
+
+def _why_denied(uri: str, error: Exception) -> str:
+    """Ask again where a look at one file was denied: only a listing's answer says for what."""
+    if "ACCESS_DENIED" not in str(error):
+        return ""
+    files, path = filesystem(uri)
+    nothing = arrow_fs.FileSelector(join(path.partition("/")[0], ".cp2image"), allow_not_found=True)
+    try:
+        _in_thread(lambda: files.get_file_info(nothing), _REQUEST_TIMEOUT_S)
+    except OSError as answer:
+        found = _AWS_ERROR.search(str(answer))
+        return _REASONS.get(found["code"], "") if found else ""
+    return ""
 
 
 def _reason(error: Exception) -> str:

@@ -245,11 +245,20 @@ def _open(config: Config, step: str, run_id: str) -> MlflowRecorder:
             _log_parameters(client, recorder.run_id, config, step)
     except (MlflowException, OSError) as error:
         raise StorageError(
-            f"MLflow at {_without_secret(uri)} does not answer: {error}; check "
-            "run.folder (where it is SQLite), MLFLOW_TRACKING_URI, user and password, or set "
-            "tracking.enabled=false"
+            f"MLflow at {_without_secret(uri)} {_mishap(error)} or set tracking.enabled=false"
         ) from error
     return recorder
+
+
+def _mishap(error: Exception) -> str:
+    """Say what MLflow's answer means and what to look at."""
+    get_status = getattr(error, "get_http_status_code", int)
+    if get_status() in (401, 403):
+        return (
+            "does not let this user in: check MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN),"
+        )
+    return f"does not answer: {error}; check run.folder (where it is SQLite), MLFLOW_TRACKING_URI,"
 
 
 def _existing(client: Any, run_id: str) -> Any:

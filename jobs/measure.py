@@ -8,4 +8,4 @@ from cp2image.command import run_job
 from cp2image.measuring import measure_dataset
 
 if __name__ == "__main__":
-    raise SystemExit(run_job(__doc__, measure_dataset))
+    raise SystemExit(run_job(__doc__, measure_dataset, plates_of="measure"))

@@ -8,4 +8,4 @@ from cp2image.command import run_job
 from cp2image.preparation import prepare
 
 if __name__ == "__main__":
-    raise SystemExit(run_job(__doc__, prepare))
+    raise SystemExit(run_job(__doc__, prepare, plates_of="prepare"))

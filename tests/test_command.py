@@ -50,6 +50,16 @@ def test_a_dry_run_prints_yaml_and_the_preview_and_runs_nothing(capsys):
     assert errors == ""
 
 
+def test_plates_are_chosen_for_one_section_where_a_job_has_it(capsys):
+    argv = ["--dry-run", "--plates", "0123", "P: 2"]
+    assert run_job("Measure.", never, argv=argv, plates_of="measure") == 0
+    shown = Config.model_validate(yaml.safe_load(capsys.readouterr().out))
+    assert shown.measure.plates == ["0123", "P: 2"]
+    assert shown.generate.plates == []
+    with pytest.raises(SystemExit):
+        run_job("Train.", never, argv=argv)
+
+
 def test_a_dry_run_without_preview_prints_the_config_alone(capsys):
     assert run_job("Train.", never, argv=["--dry-run"]) == 0
     assert capsys.readouterr().out.rstrip() == read_config(None).anchor().yaml().rstrip()

@@ -18,7 +18,7 @@ from cp2image.config import Config
 from cp2image.config_reading import read_config
 from cp2image.data.simulate import SimulatedScreen, simulate_screen
 from cp2image.dataset import open_dataset
-from cp2image.errors import DatasetError
+from cp2image.errors import DatasetError, TableError
 from cp2image.preparation import prepare
 
 SCREEN = SimulatedScreen(
@@ -213,6 +213,18 @@ def test_a_plate_can_be_added_and_a_rerun_reads_nothing_twice(screen, tmp_path, 
     assert (output / "plate=Week1_20000" / "part-00000.parquet").stat().st_mtime_ns == before
     with pytest.raises(DatasetError, match="other settings"):
         prepare(config_of(screen, output, patch_size=40))
+
+
+@pytest.mark.usefixtures("inline")
+def test_chosen_plates_come_first_and_the_others_later(screen, tmp_path, output):
+    first = prepare(config_of(screen, output, plates=["Week1_20020"]))
+    assert set(first.plates) == {"Week1_20020"}
+    result = prepare(config_of(screen, output))
+    assert result.skipped == ("Week1_20020",)
+    assert set(result.plates) == {"Week1_20000", "Week1_20020"}
+    with pytest.raises(TableError, match=r"no plate 'Week1_2002'; did you mean 'Week1_20020'"):
+        prepare(config_of(screen, tmp_path / "other", plates=["Week1_2002"]))
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.real_data
