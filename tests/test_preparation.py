@@ -222,7 +222,7 @@ def test_chosen_plates_come_first_and_the_others_later(screen, tmp_path, output)
     result = prepare(config_of(screen, output))
     assert result.skipped == ("Week1_20020",)
     assert set(result.plates) == {"Week1_20000", "Week1_20020"}
-    with pytest.raises(TableError, match=r"no plate 'Week1_2002'; did you mean 'Week1_20020'"):
+    with pytest.raises(TableError, match=r"no plate 'Week1_2002' .did you mean 'Week1_20020'"):
         prepare(config_of(screen, tmp_path / "other", plates=["Week1_2002"]))
     assert not (tmp_path / "other").exists()
 
