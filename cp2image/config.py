@@ -351,7 +351,8 @@ class Benchmark(Section):
     """Speed beside what a user would otherwise write (`cp2image.benchmarks`)."""
 
     which: Annotated[
-        list[Literal["measure", "generate", "train", "input", "evaluate"]], Field(min_length=1)
+        list[Literal["measure", "generate", "train", "input", "evaluate", "screen"]],
+        Field(min_length=1),
     ] = ["measure"]
     output: str = ""
     patches: Positive = 96
@@ -375,6 +376,13 @@ class Benchmark(Section):
     """Whether cost is also shown over numbers of features, sides of patches and batches."""
     jobs: Positive = 5
     """How often the whole generation job is run."""
+    screens: Annotated[list[Annotated[Count, Field(ge=8)]], Field(min_length=1)] = [
+        100_000,
+        1_000_000,
+    ]
+    """Cells of the screens, of small patches, over which the generation job's growth is shown."""
+    screen_jobs: Positive = 3
+    """How often each of them is generated."""
     batch: Annotated[Positive, Field(ge=4, multiple_of=2)] = 104
     """Cells of a training step, for two workers too; the plain script needs about 3 MB for each."""
     followed_steps: Positive = 200

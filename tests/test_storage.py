@@ -485,7 +485,23 @@ def test_an_error_that_repetition_does_not_mend_is_told_at_once(flaky, error, ex
     handler = flaky(*[OSError(error)] * 3)
     with pytest.raises(StorageError, match=expected):
         read_bytes("s3://b/x")
-    assert handler.calls == 1
+    assert handler.calls == (2 if "ACCESS_DENIED" in error else 1)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("AWS Error SIGNATURE_DOES_NOT_MATCH during ListObjectsV2 operation: x", "secret is wrong"),
+        ("AWS Error INVALID_ACCESS_KEY_ID during ListObjectsV2 operation: x", "key is not known"),
+        ("AWS Error UNKNOWN (HTTP status 500) during ListObjectsV2 operation: x", "access denied"),
+        (None, "access denied"),
+    ],
+)
+def test_a_denied_look_at_a_file_is_explained_by_a_listing(flaky, answer, expected):
+    denied = "AWS Error ACCESS_DENIED during HeadObject operation: No response body"
+    flaky(OSError(denied), OSError(answer) if answer else None)
+    with pytest.raises(StorageError, match=expected):
+        read_bytes("s3://b/x")
 
 
 def test_a_store_that_stays_busy_is_given_up_at_the_deadline(flaky, monkeypatch):

@@ -95,3 +95,26 @@ def test_without_tracking_nothing_is_opened(monkeypatch):
     config = Config.model_validate({"tracking": {"enabled": False}})
     with record_beside(config, "generate") as recorder:
         assert isinstance(recorder.opened(), NoRecorder)
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("UNAUTHENTICATED", "does not let this user in: check MLFLOW_TRACKING_USERNAME"),
+        ("PERMISSION_DENIED", "does not let this user in"),
+        ("INTERNAL_ERROR", "does not answer: down; check run.folder"),
+    ],
+)
+def test_who_is_not_let_in_is_told_so(monkeypatch, code, expected):
+    import mlflow
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos import databricks_pb2
+
+    class Refusing:
+        def __init__(self, uri):
+            raise MlflowException("down", error_code=getattr(databricks_pb2, code))
+
+    monkeypatch.setattr(mlflow, "MlflowClient", Refusing)
+    config = Config.model_validate({"tracking": {"uri": "http://lab:5000"}})
+    with pytest.raises(StorageError, match=expected):
+        tracking._open(config, "train", "")

@@ -59,5 +59,9 @@ def _find(name: str, config: Config) -> Findings:
             from cp2image.benchmarks.reading import benchmark_input
 
             return benchmark_input(config)
+        case "screen":
+            from cp2image.benchmarks.screens import benchmark_screen
+
+            return benchmark_screen(config)
         case _:
             raise ConfigError(f"benchmark.which: no benchmark {name!r}")

@@ -4,6 +4,8 @@ Features are random numbers under a table's real names; patches are those of `ta
 and over. How fast a job is does not depend on what the cells look like.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 import torch
@@ -32,14 +34,15 @@ def publish_cells(
     part_size: int = ROW_GROUP,
     name: str = "cells",
     normalisation: str = "none",
+    features: Sequence[str] | None = None,
 ) -> str:
-    """Publish ``count`` cells with all features that `measure` gives; return the dataset's URI.
+    """Publish ``count`` cells with features, all that `measure` gives; return the dataset's URI.
 
     ``name`` is its folder's, ``normalisation`` what the patches are in. The same ``count`` gives
     the same identities, whatever the patches are.
     """
     uri = join(folder, name)
-    names = feature_names(patches.channels)
+    names = list(features or feature_names(patches.channels))
     dtype = patches.images.dtype
     kind = PatchFormat(
         patches.channels,
@@ -58,8 +61,8 @@ def publish_cells(
             values = random.normal(size=(len(chosen), len(names))).astype(np.float32)
             metadata = _identify(chosen, label)
             images = patches.images[chosen % len(patches.images)]
-            features = pd.DataFrame(values, columns=names)
-            data = to_parquet(build_table(metadata, features, images, kind))
+            frame = pd.DataFrame(values, columns=names)
+            data = to_parquet(build_table(metadata, frame, images, kind))
             file = join(plate_folder(label), f"part-{len(parts):05d}.parquet")
             write_bytes(join(uri, file), data)
             parts.append(Part(file, len(chosen), len(data)))
@@ -84,9 +87,11 @@ def _identify(numbers: "np.ndarray[tuple[int], np.dtype[np.int64]]", plate: str)
     )
 
 
-def save_stand_in(folder: str, channels: tuple[str, ...], side: int) -> str:
-    """Save a checkpoint of the untrained generator with all of `measure`'s features."""
-    features = tuple(feature_names(channels))
+def save_stand_in(
+    folder: str, channels: tuple[str, ...], side: int, features: Sequence[str] | None = None
+) -> str:
+    """Save a checkpoint of the untrained generator with these features, or all of `measure`'s."""
+    features = tuple(features or feature_names(channels))
     torch.manual_seed(0)
     generator = Generator(len(features), len(channels), side).train()
     with torch.no_grad():

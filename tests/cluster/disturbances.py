@@ -56,8 +56,8 @@ def stall_store(laboratory: Laboratory, chance: random.Random) -> str:
 
 
 def refuse_and_reset(laboratory: Laboratory, chance: random.Random) -> str:
-    """From now on answer every 20th request 503 and reset every 50th answer in its middle."""
-    laboratory.faults.refuse_every, laboratory.faults.reset_every = 20, 50
+    """From now on answer every 20th request 503, reset every 33rd in the middle of its answer."""
+    laboratory.faults.refuse_every, laboratory.faults.reset_every = 20, 33
     return "5 % of requests 503, connections reset"
 
 

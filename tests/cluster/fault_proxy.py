@@ -25,7 +25,7 @@ class Faults:
     refuse_every
         Every so many requests are answered 503; 0: none.
     reset_every
-        Every so many answers the connection is reset in the middle of one; 0: none.
+        Every so many requests the connection is reset in the middle of the answer; 0: none.
     stalled
         Nothing passes any more, connections stay open.
     """
@@ -51,7 +51,7 @@ class FaultProxy:
         self.requests = self.refused = self.reset = 0
         self.host, self.port = host, port
         self._target = (target_host, target_port)
-        self._requests, self._answers = itertools.count(1), itertools.count(1)
+        self._count = itertools.count(1)
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, name="fault-proxy", daemon=True)
@@ -78,6 +78,11 @@ class FaultProxy:
         self._loop.run_until_complete(serve)
         self._ready.set()
         self._loop.run_forever()
+        open_ones = asyncio.all_tasks(self._loop)
+        for task in open_ones:
+            task.cancel()
+        self._loop.run_until_complete(asyncio.gather(*open_ones, return_exceptions=True))
+        self._loop.close()
 
     async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -85,10 +90,11 @@ class FaultProxy:
         except OSError:
             _abort(writer)
             return
+        doomed = asyncio.Event()
         done, rest = await asyncio.wait(
             [
-                asyncio.ensure_future(self._requests_of(reader, forth, writer)),
-                asyncio.ensure_future(self._answers_of(back, writer)),
+                asyncio.ensure_future(self._requests_of(reader, forth, writer, doomed)),
+                asyncio.ensure_future(self._answers_of(back, writer, doomed)),
             ],
             return_when=asyncio.FIRST_COMPLETED,
         )
@@ -105,6 +111,7 @@ class FaultProxy:
         reader: asyncio.StreamReader,
         server: asyncio.StreamWriter,
         client: asyncio.StreamWriter,
+        doomed: asyncio.Event,
     ) -> bool:
         """Pass requests on; return whether the connection was ended on purpose."""
         with contextlib.suppress(ConnectionError):
@@ -112,8 +119,10 @@ class FaultProxy:
                 await self._wait_while_stalled()
                 if data.split(b" ", 1)[0] in _METHODS:
                     self.requests += 1
-                    every = self.faults.refuse_every
-                    if every and next(self._requests) % every == 0:
+                    number, faults = next(self._count), self.faults
+                    if faults.reset_every and number % faults.reset_every == 0:
+                        doomed.set()
+                    elif faults.refuse_every and number % faults.refuse_every == 0:
                         self.refused += 1
                         client.write(_REFUSAL % len(_BODY))
                         if not data.startswith(b"HEAD"):
@@ -125,12 +134,13 @@ class FaultProxy:
             server.write_eof()
         return False
 
-    async def _answers_of(self, server: asyncio.StreamReader, client: asyncio.StreamWriter) -> bool:
+    async def _answers_of(
+        self, server: asyncio.StreamReader, client: asyncio.StreamWriter, doomed: asyncio.Event
+    ) -> bool:
         with contextlib.suppress(ConnectionError):
             while data := await server.read(1 << 16):
                 await self._wait_while_stalled()
-                every = self.faults.reset_every
-                if every and next(self._answers) % every == 0:
+                if doomed.is_set():
                     self.reset += 1
                     client.write(data[: len(data) // 2])
                     _abort(client)

@@ -204,12 +204,14 @@ class Laboratory:
     def cells(self, uri: str) -> list[tuple[str, str]]:
         """Return name and content hash of every cell below the plates of a dataset, sorted.
 
-        Read with pyarrow alone, file by file, whether a manifest names it or not.
+        Read with pyarrow alone, file by file, whether a manifest names it or not; folders whose
+        names begin with an underscore are hidden from readers of datasets, and so from this one.
         """
         files, place = self.files(), uri.removeprefix("s3://")
         found = []
         for info in files.get_file_info(arrow_fs.FileSelector(place, recursive=True)):
-            if "/plate=" in info.path and info.path.endswith(".parquet"):
+            inner = info.path.removeprefix(place)
+            if inner.startswith("/plate=") and inner.endswith(".parquet"):
                 table = pq.read_table(files.open_input_file(info.path))
                 found.extend(_rows(table.to_pylist()))
         return sorted(found)
