@@ -116,7 +116,7 @@ class TrainingLoop:
         )
         torch.manual_seed(seed)  # the same weights on every rank
         self._recipe = _build_recipe(plan, train.features.shape[1], self._device)
-        self.step, self._seconds = 0, 0.0
+        self.step, self._seconds, self._time_used = 0, 0.0, 0.0
         self._floor = _mean_image_loss(validation)
 
     @property
@@ -141,16 +141,17 @@ class TrainingLoop:
         self._resume()
         progress = _Progress(self.step, self._seconds)
         metrics: dict[str, float] = {}
-        last = self._share(self._seconds) >= 1
+        last = self._is_over(self._seconds)
         with _Ahead(self._batch, self.step) as ahead:
             while not last:
                 with progress.waiting():
                     batch = ahead.take()
+                self._recipe.reached(self._share())
                 progress.add(self._recipe.step(batch, self.step, self._average))
                 self.step += 1
                 last = self.step == settings.steps
                 if self.step % settings.log_every == 0 or last:
-                    last = self._share(progress.seconds) >= 1
+                    last = self._is_over(progress.seconds)
                     self._log(progress)
                 if self.step % settings.validate_every == 0 or last:
                     self._average_statistics()
@@ -194,18 +195,19 @@ class TrainingLoop:
         state = self._recipe.state()
         self._average([value for name, value in state.items() if name.endswith(("_mean", "_var"))])
 
-    def _share(self, seconds: float) -> float:
-        """Return which share of the training is done, by rank 0's clock, and tell the recipe."""
+    def _is_over(self, seconds: float) -> bool:
+        """Tell whether steps or minutes are used up; rank 0's clock counts on all ranks."""
         settings = self._plan.config.train
-        share = self.step / settings.steps
         if settings.minutes:
-            share = max(share, seconds / (60 * settings.minutes))
-        if self._world > 1:
-            agreed = torch.tensor([share], device=self._device, dtype=torch.float64)
-            dist.broadcast(agreed, src=0)
-            share = float(agreed)
-        self._recipe.reached(share)
-        return share
+            used = torch.tensor([seconds / (60 * settings.minutes)], device=self._device)
+            if self._world > 1:
+                dist.broadcast(used, src=0)
+            self._time_used = float(used)
+        return self._share() >= 1
+
+    def _share(self) -> float:
+        """Return which share of the training is done."""
+        return max(self.step / self._plan.config.train.steps, self._time_used)
 
     def _check_finite(self, values: dict[str, float]) -> None:
         bad = [name for name, value in values.items() if not np.isfinite(value)]

@@ -7,6 +7,7 @@ import pytest
 import cp2image
 from cp2image.config import Config
 from cp2image.errors import ConfigError
+from cp2image.models.stochastic_recipe import StochasticRecipe
 from tests.training_experiments import (
     assert_same_weights,
     experiment,
@@ -81,11 +82,29 @@ def test_cells_of_the_same_profile_differ(model):
     assert len({patch.tobytes() for patch in drawn}) == len(same)
 
 
-def test_an_interrupted_run_ends_as_an_undisturbed_one(tmp_path, cells, trained):
-    run_loop(plan_of(settings(tmp_path / "run", cells, steps=STEPS - 4)))
+def test_an_interrupted_run_ends_as_an_undisturbed_one(tmp_path, cells, trained, monkeypatch):
+    """While it cools down, too: the learning rates go on where they were."""
     config = settings(tmp_path / "run", cells)
+    step = StochasticRecipe.step
+
+    def dying(self, batch, number, average):
+        if number == STEPS - 2:
+            raise InterruptedError
+        return step(self, batch, number, average)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StochasticRecipe, "step", dying)
+        with pytest.raises(InterruptedError):
+            run_loop(plan_of(config))
     run_loop(plan_of(config))
     assert_same_weights(config, trained)
+
+
+def test_the_learning_rates_end_near_zero(tmp_path, cells):
+    config = settings(tmp_path / "run", cells)
+    loop = run_loop(plan_of(config))
+    rate = loop.recipe.generator_optimiser.param_groups[0]["lr"]
+    assert rate == pytest.approx(4e-4 * (1 / STEPS) / 0.3)
 
 
 def test_parts_can_be_switched_off(tmp_path, cells, trained):

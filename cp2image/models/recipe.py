@@ -227,11 +227,17 @@ def optimiser_state(name: str, optimiser: torch.optim.Optimizer) -> dict[str, Te
 
 
 def load_optimiser(state: dict[str, Tensor], name: str, optimiser: torch.optim.Optimizer) -> None:
-    """Take back what `optimiser_state` returned."""
+    """Take back what `optimiser_state` returned.
+
+    Moments get their parameter's layout in memory: fused Adam walks through both side by side.
+    """
+    parameters = [one for group in optimiser.param_groups for one in group["params"]]
     entries: dict[int, dict[str, Tensor]] = {}
     for key, value in part_of(state, name).items():
         index, _, field = key.partition(".")
-        entries.setdefault(int(index), {})[field] = value
+        own = parameters[int(index)].detach()
+        laid = torch.empty_like(own).copy_(value) if value.shape == own.shape else value
+        entries.setdefault(int(index), {})[field] = laid
     optimiser.load_state_dict({**optimiser.state_dict(), "state": entries})
 
 
