@@ -36,8 +36,8 @@ _SQLITE_START = b"SQLite format 3\0"
 class DatabaseReader:
     """Reads ``Per_Image`` and ``Per_Object`` (or one table per compartment) of a SQLite file.
 
-    Table names may carry a prefix (``MyExpt_Per_Object``) or be cytominer-database's plain
-    ``Image``, ``Cells``, ``Cytoplasm``, ``Nuclei``.
+    Table names may carry a prefix (``MyExpt_Per_Object``, ``supplement_Object``) or be
+    cytominer-database's plain ``Image``, ``Cells``, ``Cytoplasm``, ``Nuclei``.
 
     Attributes
     ----------
@@ -56,8 +56,8 @@ class DatabaseReader:
         tables = self._tables()
         self._image = self._pick(tables, "Image")
         prefix = self._image.removesuffix("Per_Image").removesuffix("Image")
-        combined = f"{prefix}Per_Object"
-        single = next((name for name in tables if name.lower() == combined.lower()), None)
+        combined = {f"{prefix}Per_Object".lower(), f"{prefix}Object".lower()}
+        single = next((name for name in tables if name.lower() in combined), None)
         objects = self._objects_in(tables, prefix, single)
         chosen = list(compartments or [name for name in STANDARD if name in objects])
         missing = [name for name in chosen if name not in objects]

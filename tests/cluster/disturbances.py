@@ -13,6 +13,8 @@ from tests.cluster.fault_proxy import Faults
 from tests.cluster.laboratory import Ended, Laboratory
 from tests.cluster.screen import Screen
 
+AT_WORK_S = 22
+"""Seconds after submission when the actors are at work on a small machine."""
 Fault = Callable[[Laboratory, random.Random], str]
 """Does harm, returns what was done; the job goes on meanwhile."""
 
@@ -59,6 +61,13 @@ def refuse_and_reset(laboratory: Laboratory, chance: random.Random) -> str:
     """From now on answer every 20th request 503, reset every 33rd in the middle of its answer."""
     laboratory.faults.refuse_every, laboratory.faults.reset_every = 20, 33
     return "5 % of requests 503, connections reset"
+
+
+def kill_node_while_refused(laboratory: Laboratory, chance: random.Random) -> str:
+    """Refuse and reset requests from the start; kill a worker once the actors are at work."""
+    what = refuse_and_reset(laboratory, chance)
+    time.sleep(AT_WORK_S)
+    return f"{what}; {kill_node(laboratory, chance)}"
 
 
 @dataclass(frozen=True)

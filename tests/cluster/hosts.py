@@ -80,7 +80,7 @@ class Hosts:
         _ip("addr", "add", f"{self.gateway}/24", "dev", bridge)
         _ip("link", "set", bridge, "up")
         for host in range(self.count):
-            space, cable = self._space(host), self._cable(host)
+            space, cable = self.space(host), self._cable(host)
             _ip("netns", "add", space)
             _ip("link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", space)
             _ip("link", "set", cable, "master", bridge, "up")
@@ -98,8 +98,15 @@ class Hosts:
         )
 
     def start_worker(self, host: int, cpus: int = 1) -> None:
-        """Start a Ray node that joins the head."""
-        self._start(host, [f"--address={self.address(0)}:6379", f"--num-cpus={cpus}"], [])
+        """Start a Ray node that joins the head; again if a busy machine makes it late."""
+        for left in reversed(range(4)):
+            try:
+                self._start(host, [f"--address={self.address(0)}:6379", f"--num-cpus={cpus}"], [])
+                return
+            except RuntimeError as error:
+                if not left or "timed out during startup" not in str(error):
+                    raise
+                self._clear(host)
 
     def _start(self, host: int, first: Sequence[str], more: Sequence[str]) -> None:
         folder = self._folder / f"h{host}"
@@ -113,7 +120,7 @@ class Hosts:
         self, host: int, command: Sequence[str | Path], timeout: float
     ) -> subprocess.CompletedProcess[str]:
         """Run something on a host and wait for it; raises if it fails."""
-        inside = ["ip", "netns", "exec", self._space(host), *map(str, command)]
+        inside = ["ip", "netns", "exec", self.space(host), *map(str, command)]
         done = subprocess.run(
             inside,
             env={**os.environ, **_NOTICES_LOSS, **self._env},
@@ -128,7 +135,7 @@ class Hosts:
 
     def pids(self, host: int) -> list[int]:
         """Return the processes of a host."""
-        return _pids(self._space(host))
+        return _pids(self.space(host))
 
     def pids_of(self, host: int, words: str) -> list[int]:
         """Return the processes of a host with these words on their command line."""
@@ -155,7 +162,7 @@ class Hosts:
 
     def kill(self, host: int) -> None:
         """End a host as a power cut does: SIGKILL to all its processes."""
-        _kill(self._space(host))
+        _kill(self.space(host))
 
     def cut(self, host: int) -> None:
         """Unplug a host's cable."""
@@ -167,21 +174,25 @@ class Hosts:
 
     def restart(self, host: int) -> None:
         """Bring a killed or cut worker back as a fresh node."""
-        self.kill(host)
         self.mend(host)
+        self._clear(host)
+        self.start_worker(host)
+
+    def _clear(self, host: int) -> None:
+        self.kill(host)
         for _ in range(50):
             if not self.pids(host):
                 break
             time.sleep(0.1)
         shutil.rmtree(self._folder / f"h{host}", ignore_errors=True)
-        self.start_worker(host)
 
     def destroy(self) -> None:
         """End all processes in the namespaces, then remove these."""
         _remove(self._name)
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _space(self, host: int) -> str:
+    def space(self, host: int) -> str:
+        """Return the name of a host's network namespace."""
         return f"{self._name}h{host}"
 
     def _cable(self, host: int) -> str:

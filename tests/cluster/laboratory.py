@@ -10,7 +10,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,8 +102,8 @@ class Laboratory:
         self.mlflow.start()
         self._environment["MLFLOW_TRACKING_URI"] = self.mlflow.uri
         self.hosts.start_head()
-        with ThreadPoolExecutor() as starting:
-            list(starting.map(self.hosts.start_worker, range(1, self.hosts.count)))
+        for host in range(1, self.hosts.count):
+            self.hosts.start_worker(host)
 
     def stop(self) -> None:
         """End everything, in the reverse order."""
@@ -148,7 +147,16 @@ class Laboratory:
             command += ["--runtime-env-json", json.dumps({"env_vars": dict(env)})]
         command += ["--", sys.executable, REPOSITORY / "jobs" / f"{job}.py"]
         command += ["--config", self._configs / name]
-        mine = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token or self.token}
+        self._command(command, token or self.token)
+        return job_id
+
+    def stop_job(self, job_id: str) -> None:
+        """``ray job stop``: SIGTERM to the driver."""
+        command = [RAY, "job", "stop", "--address", self.hosts.dashboard, "--no-wait", job_id]
+        self._command(command, self.token)
+
+    def _command(self, command: list[str | Path], token: str) -> None:
+        mine = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
         mine["HOME"] = self._environment["HOME"]
         done = subprocess.run(
             [str(word) for word in command],
@@ -159,7 +167,6 @@ class Laboratory:
         )
         if done.returncode:
             raise RuntimeError(done.stdout + done.stderr)
-        return job_id
 
     def state(self, job_id: str) -> dict[str, Any]:
         """Return what the head says of a job."""

@@ -5,26 +5,20 @@ import time
 import pytest
 
 from tests.cluster.disturbances import (
+    AT_WORK_S,
     cut_cable,
     disturb,
     kill_driver,
-    kill_node,
+    kill_node_while_refused,
     kill_store,
-    refuse_and_reset,
     stall_store,
 )
 
 pytestmark = pytest.mark.timeout(1800)
-AT_WORK_S = 22
-"""Seconds after submission when the actors are at work on a small machine."""
 
 
-def test_the_screen_is_the_same_after_a_node_is_killed(screen):
-    assert disturb(screen, "node", kill_node, AT_WORK_S, seed=1).exact
-
-
-def test_the_screen_is_the_same_through_refusals_and_resets(screen):
-    assert disturb(screen, "refusals", refuse_and_reset, 0).exact
+def test_the_screen_is_the_same_though_requests_are_refused_and_a_node_is_killed(screen):
+    assert disturb(screen, "refusals", kill_node_while_refused, 0, seed=1).exact
     assert screen.laboratory.proxy.refused > 5
     assert screen.laboratory.proxy.reset > 5
 
@@ -49,6 +43,21 @@ def test_a_rerun_does_nothing_again(screen):
     assert ended.exit_code == 0
     assert "8 plates (8 already there)" in ended.logs
     assert laboratory.cells(f"{screen.folder}/screen") == screen.reference
+
+
+@pytest.mark.slow
+def test_a_stopped_job_leaves_nothing_half_done_and_goes_on(screen):
+    laboratory = screen.laboratory
+    config = screen.generating(f"{screen.folder}/stopped")
+    job = laboratory.submit("generate", config)
+    time.sleep(AT_WORK_S)
+    laboratory.stop_job(job)
+    ended = laboratory.wait(job)
+    assert ended.status == "STOPPED"
+    assert "stopped by SIGTERM; run the same command to go on" in ended.logs
+    assert set(laboratory.cells(f"{screen.folder}/stopped")) <= set(screen.reference)
+    assert laboratory.run("generate", config).exit_code == 0
+    assert laboratory.cells(f"{screen.folder}/stopped") == screen.reference
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import pickle
 import shutil
 import sqlite3
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -112,7 +113,7 @@ def prefixed(objects, number):
     }
 
 
-def write_single_table_database(path, images, objects):
+def write_single_table_database(path, images, objects, prefix="MyExpt_Per_"):
     path = path / "screen.sqlite"
     tables = prefixed(objects, "ObjectNumber")
     combined = None
@@ -122,9 +123,9 @@ def write_single_table_database(path, images, objects):
         combined = rows if combined is None else combined.merge(rows, on=on, how="outer")
     with sqlite3.connect(path) as connection:
         stored = images.rename(columns=lambda n: n if n == "ImageNumber" else f"Image_{n}")
-        stored.to_sql("MyExpt_Per_Image", connection, index=False)
-        combined.to_sql("MyExpt_Per_Object", connection, index=False)
-        pd.DataFrame({"a": [1]}).to_sql("MyExpt_Per_Experiment", connection, index=False)
+        stored.to_sql(f"{prefix}Image", connection, index=False)
+        combined.to_sql(f"{prefix}Object", connection, index=False)
+        pd.DataFrame({"a": [1]}).to_sql(f"{prefix}Experiment", connection, index=False)
     connection.close()
     return str(path)
 
@@ -186,6 +187,7 @@ WRITERS = {
     "spreadsheets": write_prefixed_spreadsheets,
     "folder per run": write_runs,
     "Per_Object": write_single_table_database,
+    "supplement_Object": partial(write_single_table_database, prefix="supplement_"),
     "Per_Nuclei": write_compartment_database,
     "CytoTable": write_cytotable,
     "partitioned Parquet": write_partitioned,
