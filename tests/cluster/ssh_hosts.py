@@ -60,12 +60,10 @@ class SshHosts:
         Homes, keys and logs.
     count
         Number of hosts.
-    token
-        Ray's token, laid into every home.
     """
 
-    def __init__(self, folder: Path, count: int, token: str) -> None:
-        self._folder, self._token = folder, token
+    def __init__(self, folder: Path, count: int) -> None:
+        self._folder = folder
         self.hosts = Hosts(folder / "unused", count, {})
         self._servers: list[Service] = []
 
@@ -115,11 +113,8 @@ class SshHosts:
 
     def _start(self, host: int) -> None:
         folder, home = self._folder / f"h{host}", self._folder / f"h{host}" / "home"
-        (home / ".ray").mkdir(parents=True)
+        home.mkdir(parents=True)
         (folder / "ray").mkdir()
-        token = home / ".ray" / "auth_token"
-        token.write_text(self._token)
-        token.chmod(0o600)
         config = folder / "sshd_config"
         config.write_text(_SSHD.format(address=self.hosts.address(host), folder=self._folder))
         users = folder / "passwd"  # ssh takes ~ from there, not from HOME

@@ -2,7 +2,6 @@
 
 import os
 import re
-import secrets
 import subprocess
 import tempfile
 import time
@@ -27,7 +26,7 @@ def hosts():
     if reason:
         pytest.skip(reason)
     folder = Path(tempfile.mkdtemp(prefix="cp2u", dir="/tmp"))
-    made = SshHosts(folder, WORKERS + 1, secrets.token_hex(32))
+    made = SshHosts(folder, WORKERS + 1)
     try:
         made.start()
         yield made
@@ -37,7 +36,7 @@ def hosts():
 
 @pytest.fixture(scope="module")
 def launched(hosts, tmp_path_factory):
-    """The cluster file with these hosts' addresses, and what `ray up` said."""
+    """Started by the file with these hosts' addresses: whose home it was done from, and the file."""
     cluster = yaml.safe_load((REPOSITORY / "configs/deployment/on_premise.yaml").read_text())
     address = hosts.hosts.address
     cluster["cluster_name"] += f"-{os.getpid()}"
@@ -46,15 +45,19 @@ def launched(hosts, tmp_path_factory):
     cluster["auth"] = {"ssh_user": "root", "ssh_private_key": str(hosts.key)}
     cluster["min_workers"] = cluster["max_workers"] = WORKERS
     cluster["setup_commands"] = [f"sh {hosts.install}"]
-    file = tmp_path_factory.mktemp("launcher") / "cluster.yaml"
+    home = tmp_path_factory.mktemp("launcher")
+    file = home / "cluster.yaml"
     file.write_text(yaml.safe_dump(cluster))
-    return file, ray("up", "--yes", "--no-config-cache", file)
+    run_ray(home, "get-auth-token", "--generate")
+    run_ray(home, "up", "--yes", "--no-config-cache", file)
+    return home, file
 
 
-def ray(*words):
+def run_ray(home, *words):
     done = subprocess.run(
         [RAY, *words],
         cwd=REPOSITORY,
+        env=os.environ | {"HOME": str(home), "RAY_AUTH_MODE": "token"},
         capture_output=True,
         text=True,
         timeout=600,
@@ -97,7 +100,7 @@ def test_who_has_no_token_is_refused(hosts, launched):
 
 
 def test_it_is_taken_down(hosts, launched):
-    file, _ = launched
-    ray("down", "--yes", file)
+    home, file = launched
+    run_ray(home, "down", "--yes", file)
     for host in range(WORKERS + 1):
         assert not hosts.hosts.pids_of(host, "raylet")
