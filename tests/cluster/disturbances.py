@@ -103,11 +103,26 @@ class Survived:
         return not (self.lost or self.doubled or self.changed)
 
 
+def nothing(laboratory: Laboratory, chance: random.Random) -> str:
+    """Leave everything alone."""
+    return "none"
+
+
+class MissedError(Exception):
+    """The job had ended when the fault should have come; says after how many seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"the job had ended after {seconds:.0f} s")
+        self.seconds = seconds
+
+
 def disturb(screen: Screen, name: str, fault: Fault, moment_s: float, seed: int = 0) -> Survived:
     """Generate the screen into a fresh folder, disturbed; run again if the job itself was ended.
 
     Raises
     ------
+    MissedError
+        If the job is over before ``moment_s``.
     RuntimeError
         If the job fails although its driver was left alone, or a rerun fails.
     """
@@ -115,7 +130,10 @@ def disturb(screen: Screen, name: str, fault: Fault, moment_s: float, seed: int 
     output = f"{screen.folder}/disturbed/{name}"
     started, runs = time.monotonic(), 1
     job = laboratory.submit("generate", screen.generating(output))
-    time.sleep(max(0.0, moment_s - (time.monotonic() - started)))
+    while time.monotonic() < started + moment_s:
+        if laboratory.has_ended(job):
+            raise MissedError(time.monotonic() - started)
+        time.sleep(0.5)
     try:
         what = fault(laboratory, random.Random(seed))
         ended = laboratory.wait(job, 600)

@@ -173,6 +173,10 @@ class Laboratory:
         found: dict[str, Any] = json.loads(self._ask(f"/api/jobs/{job_id}"))
         return found
 
+    def has_ended(self, job_id: str) -> bool:
+        """Tell whether a job is over, however it ended."""
+        return self.state(job_id)["status"] in _ENDED
+
     def wait(
         self, job_id: str, seconds: float = 900, watch: Callable[[], object] = lambda: None
     ) -> Ended:

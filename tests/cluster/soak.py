@@ -17,12 +17,14 @@ from types import FrameType
 
 from tests.cluster.disturbances import (
     Fault,
+    MissedError,
     Survived,
     cut_cable,
     disturb,
     kill_driver,
     kill_node,
     kill_store,
+    nothing,
     refuse_and_reset,
     stall_store,
 )
@@ -38,10 +40,14 @@ _FAULTS: tuple[Fault, ...] = (
     kill_node,
     cut_cable,
     kill_store,
+    nothing,
     refuse_and_reset,
     kill_driver,
     stall_store,
 )
+
+_BETWEEN = 6
+"""Disturbed runs after which an undisturbed one shows how fast the machine is just then."""
 
 
 def main() -> int:
@@ -76,54 +82,69 @@ def _soak(laboratory: Laboratory, count: int, seed: int, place: Path) -> int:
     if failed:
         print(screen.ended[failed[0]].logs[-3000:], file=sys.stderr)
         return 1
-    undisturbed = [_undisturbed(screen, f"none-{i}") for i in range(3)]
-    base, chance = median(undisturbed), random.Random(seed)
-    print(f"{len(screen.reference)} cells; undisturbed {base:.0f} s", flush=True)
+    chance, spans = random.Random(seed), []
     runs: list[Survived] = []
     broken = []
     for number in range(count):
+        if number % _BETWEEN == 0:
+            spans.append(disturb(screen, f"undisturbed-{number}", nothing, 0).seconds)
+            print(f"undisturbed: {spans[-1]:.0f} s", flush=True)
         fault = _FAULTS[number % len(_FAULTS)]
-        moment = 0.0 if fault is refuse_and_reset else chance.uniform(5, base)
         try:
-            run = disturb(screen, f"run-{number}", fault, moment, seed=chance.randrange(2**31))
+            run = _disturb_in_time(screen, number, fault, spans[-1], chance)
         except (RuntimeError, TimeoutError) as error:
-            broken.append(f"run {number}, {fault.__name__} at {moment:.0f} s: {error}")
+            broken.append(f"run {number}, {fault.__name__}: {error}")
             print(broken[-1], flush=True)
             continue
         runs.append(run)
         print(
-            f"{number}: {run.what} at {moment:.0f} s; {run.seconds:.0f} s; lost {run.lost}, "
+            f"{number}: {run.what} at {run.moment_s:.0f} s; {run.seconds:.0f} s; lost {run.lost}, "
             f"doubled {run.doubled}, changed {run.changed}",
             flush=True,
         )
     place.parent.mkdir(parents=True, exist_ok=True)
-    place.write_text(_tabulate(runs, base, len(screen.reference)) + "\n".join(broken) + "\n")
+    table = _tabulate(runs, spans, len(screen.reference))
+    place.write_text("\n".join([table, *broken]) + "\n")
     print(place.read_text())
     return 0 if not broken and all(run.exact for run in runs) else 1
 
 
-def _undisturbed(screen: Screen, name: str) -> float:
-    output = f"{screen.folder}/disturbed/{name}"
-    return screen.laboratory.run("generate", screen.generating(output)).seconds
+def _disturb_in_time(
+    screen: Screen, number: int, fault: Fault, span: float, chance: random.Random
+) -> Survived:
+    """Disturb a run at a random moment before its end; again, earlier, if it ended before that."""
+    for attempt in range(5):
+        moment = 0.0 if fault is refuse_and_reset else chance.uniform(5, max(10, span))
+        try:
+            name = f"run-{number}-{attempt}"
+            return disturb(screen, name, fault, moment, seed=chance.randrange(2**31))
+        except MissedError as missed:
+            print(f"{number}: {missed}, before the fault; again", flush=True)
+            span = missed.seconds
+    raise RuntimeError("the job ended before the fault five times")
 
 
-def _tabulate(runs: list[Survived], base: float, cells: int) -> str:
+def _tabulate(runs: list[Survived], spans: list[float], cells: int) -> str:
     kinds: dict[str, list[Survived]] = defaultdict(list)
     for run in runs:
         kinds[re.sub(r"node \d+", "a node", run.what)].append(run)
+    base = median(spans)
     lines = [
-        f"{len(runs)} runs of {cells:,} cells, {base:.0f} s undisturbed.\n",
-        "| Fault | Runs | Equal | Lost | Doubled | Changed | Time lost, median (most) |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        f"{len(runs)} runs of {cells:,} cells; {len(spans)} undisturbed ones between them took "
+        f"{base:.0f} s ({min(spans):.0f} to {max(spans):.0f}).\n",
+        "| Fault | Runs | Equal | Lost | Doubled | Changed | Seconds, median (most) | Later than "
+        "the median undisturbed one |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for what, some in sorted(kinds.items()):
-        late = [run.seconds - base for run in some]
+        took = [run.seconds for run in some]
         lines.append(
             f"| {what} | {len(some)} | {sum(run.exact for run in some)} | "
             f"{sum(run.lost for run in some)} | {sum(run.doubled for run in some)} | "
-            f"{sum(run.changed for run in some)} | {median(late):.0f} s ({max(late):.0f} s) |"
+            f"{sum(run.changed for run in some)} | {median(took):.0f} ({max(took):.0f}) | "
+            f"{median(took) - base:.0f} s |"
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -126,9 +126,7 @@ class SshHosts:
         command = ["ip", "netns", "exec", self.hosts.space(host)]
         command += ["unshare", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc"]
         command += ["sh", "-c", begin]
-        self._servers.append(
-            Service(command, folder / "sshd.log", {"PATH": _PATH})
-        )
+        self._servers.append(Service(command, folder / "sshd.log", {"PATH": _PATH}))
 
     def _wait(self, host: int) -> None:
         for left in reversed(range(60)):

@@ -36,7 +36,7 @@ def hosts():
 
 @pytest.fixture(scope="module")
 def launched(hosts, tmp_path_factory):
-    """Started by the file with these hosts' addresses: whose home it was done from, and the file."""
+    """Whose home the cluster was started from, and the file with these hosts' addresses."""
     cluster = yaml.safe_load((REPOSITORY / "configs/deployment/on_premise.yaml").read_text())
     address = hosts.hosts.address
     cluster["cluster_name"] += f"-{os.getpid()}"
@@ -85,8 +85,8 @@ def test_the_package_runs_from_the_files_that_were_copied(hosts, launched):
 def test_a_job_runs_on_the_workers(hosts, launched, tmp_path):
     test_all_hosts_join(hosts, launched)
     command = (
-        f"ray job submit -- ~/venv/bin/python ~/cp2image/jobs/simulate.py --set run.folder={tmp_path}"
-        " --set simulate.plates=2 --set simulate.wells_per_plate=2"
+        "ray job submit -- ~/venv/bin/python ~/cp2image/jobs/simulate.py"
+        f" --set run.folder={tmp_path} --set simulate.plates=2 --set simulate.wells_per_plate=2"
         " --set tracking.enabled=false"
     )
     said = hosts.run(0, IN_VENV + command, timeout=300)
@@ -95,7 +95,7 @@ def test_a_job_runs_on_the_workers(hosts, launched, tmp_path):
 
 
 def test_who_has_no_token_is_refused(hosts, launched):
-    with pytest.raises(RuntimeError, match="(?i)token|unauth|401"):
+    with pytest.raises(RuntimeError, match=r"(?i)token|unauth|401"):
         hosts.run(0, "export RAY_AUTH_TOKEN_PATH=/dev/null; " + IN_VENV + "ray status")
 
 
