@@ -44,7 +44,7 @@ def launched(hosts, tmp_path_factory):
     cluster["provider"]["worker_ips"] = [address(host) for host in range(1, WORKERS + 1)]
     cluster["auth"] = {"ssh_user": "root", "ssh_private_key": str(hosts.key)}
     cluster["min_workers"] = cluster["max_workers"] = WORKERS
-    cluster["setup_commands"] = [f"sh {hosts.install}"]
+    cluster["setup_commands"][0] = f"sh {hosts.install}"
     home = tmp_path_factory.mktemp("launcher")
     file = home / "cluster.yaml"
     file.write_text(yaml.safe_dump(cluster))
@@ -102,5 +102,9 @@ def test_who_has_no_token_is_refused(hosts, launched):
 def test_it_is_taken_down(hosts, launched):
     home, file = launched
     run_ray(home, "down", "--yes", file)
-    for host in range(WORKERS + 1):
-        assert not hosts.hosts.pids_of(host, "raylet")
+    for _ in range(60):
+        left = [hosts.hosts.pids_of(host, "raylet") for host in range(WORKERS + 1)]
+        if not any(left):
+            return
+        time.sleep(1)
+    pytest.fail(f"raylets by host: {left}")
