@@ -37,12 +37,13 @@ _FAULTS: tuple[Fault, ...] = (
     cut_cable,
     kill_node,
     kill_driver,
+    cut_cable,
     kill_node,
     cut_cable,
     kill_store,
-    nothing,
+    kill_node,
+    cut_cable,
     refuse_and_reset,
-    kill_driver,
     stall_store,
 )
 
