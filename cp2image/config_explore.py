@@ -69,7 +69,7 @@ class Trajectories(Section):
     """Mechanisms of action, or treatments; empty: all mechanisms."""
     features_per_step: Positive = 50
     """Features that each step takes from the target, the most different first."""
-    shown: Annotated[Positive, Field(ge=2)] = 12
+    shown: Annotated[Positive, Field(ge=2)] = 40
     """Most images of a figure, both ends included; steps in between are left out evenly."""
 
 

@@ -1,8 +1,8 @@
-"""Where an exploration's pictures go: figure, vectors and images side by side. Floor: below the step.
-"""  # noqa: D200, D212, D400, D415
+"""An exploration's folder: figure, vectors and images side by side. Floor: below the step."""
 
 import io
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -72,7 +72,7 @@ class Album:
             (M, C, H, W).
         """
         explored = self.explored
-        known = [column for column in explored.cells if column.startswith(METADATA)]
+        known = [name for name in map(str, explored.cells) if name.startswith(METADATA)]
         metadata = explored.cells[known].iloc[rows].reset_index(drop=True)
         metadata = metadata.assign(**{str(k): about[k].to_numpy() for k in about})
         metadata[DISTANCE], metadata[OUTSIDE] = relative, (relative > 1).astype(np.int64)
@@ -109,3 +109,10 @@ def file_name(text: str) -> str:
     """Return a text as a file's name: what is no letter, digit, point or dash becomes ``_``."""
     kept = "".join(letter if letter.isalnum() or letter in ".-" else "_" for letter in text)
     return kept.strip("._") or "unnamed"
+
+
+def join_parts(parts: list[Any]) -> Any:
+    """Put arrays or frames of several parts one after another."""
+    if isinstance(parts[0], pd.DataFrame):
+        return pd.concat(parts, ignore_index=True)
+    return np.concatenate(parts)

@@ -1,5 +1,4 @@
-"""The cells an exploration looks at, and a model that draws and measures beside them. Floor: below
-the step, above the sets of an evaluation."""  # noqa: D205, D209
+"""The cells an exploration looks at; a model that draws and measures. Floor: below the step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,16 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from cp2image.checkpoint import Model
-from cp2image.columns import COMPOUND, MOA, PLATE, WELL, nearest, parse_column, require_columns
+from cp2image.columns import (
+    COMPOUND,
+    METADATA,
+    MOA,
+    PLATE,
+    WELL,
+    nearest,
+    parse_column,
+    require_columns,
+)
 from cp2image.config import Config
 from cp2image.data.identity import cell_keys, texts, treatment_names
 from cp2image.data.scaling import Scaling, is_control
@@ -31,6 +39,10 @@ from cp2image.models.presets import PAPER
 
 CONTRAST_CELLS = 200
 """Cells that set the contrast of all figures."""
+AXES = 50
+"""Principal axes in which cells are compared for being typical."""
+MOST = 2_000
+"""Cells of one group among which the typical ones are looked for."""
 
 
 @dataclass(frozen=True)
@@ -148,11 +160,13 @@ class ExploredCells:
 
     def keys(self, rows: NDArray[Any]) -> NDArray[np.uint64]:
         """Return the keys of some rows."""
-        return self.cells["key"].to_numpy(dtype=np.uint64)[rows]
+        keys: NDArray[np.uint64] = self.cells["key"].to_numpy(dtype=np.uint64)
+        return keys[rows]
 
     def plates(self, rows: NDArray[Any]) -> list[str]:
         """Return the plates of some rows."""
-        return texts(self.cells[PLATE].iloc[rows]).tolist()
+        plates: list[str] = texts(self.cells[PLATE].iloc[rows]).tolist()
+        return plates
 
     def real(self, rows: NDArray[Any]) -> NDArray[np.uint8] | None:
         """Return the patches of some rows as the model sees them, None if there are none."""
@@ -161,6 +175,12 @@ class ExploredCells:
         if not len(rows):
             return np.empty((0, *self.artist.model.patch_format.shape), dtype=np.uint8)
         return patches_of(self.dataset, self.artist.model, self.keys(rows))
+
+    def relative(self, scaled: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return how far vectors drawn in place of some rows are, over the guard's limit."""
+        artist = self.artist
+        center, scale = artist.model.scaling.center_and_scale(self.plates(rows))
+        return artist.guard.relative(artist.space.encode(scaled, center, scale))
 
     def names(self, column: str) -> NDArray[np.object_]:
         """Return a metadata column as texts, empty where missing.
@@ -224,8 +244,8 @@ def gather(config: Config, model: Model) -> ExploredCells:
         has_patches = dataset.patch_format.channels == model.channels
         if not has_patches:
             notes.append(
-                f"the input's patches have channels {', '.join(dataset.patch_format.channels)}, the "
-                f"model draws {', '.join(model.channels)}: no real cell is shown"
+                f"the input's patches have channels {', '.join(dataset.patch_format.channels)}, "
+                f"the model draws {', '.join(model.channels)}: no real cell is shown"
             )
     else:
         dataset, has_patches = None, False
@@ -291,7 +311,7 @@ def _from_table(model: Model, config: Config) -> tuple[pd.DataFrame, NDArray[np.
     require_columns(list(frame.columns), model.features, settings.input)
     chosen = _evenly(frame.assign(key=cell_keys(frame)), settings.cells)
     values = chosen[list(model.features)].to_numpy(dtype=np.float32)
-    metadata = [name for name in chosen if name.startswith("Metadata_")]
+    metadata = [name for name in map(str, chosen) if name.startswith(METADATA)]
     return chosen[[*metadata, "key"]].reset_index(drop=True), values
 
 
@@ -335,7 +355,7 @@ def match_features(patterns: Sequence[str], features: Sequence[str], key: str) -
             raise ColumnError(
                 f"{key}: {pattern!r} is no feature of the checkpoint{nearest(pattern, features)}; "
                 f"it has {len(features)} (near-duplicates and constants were left out in training, "
-                "see 'dropped' in checkpoint.json)"
+                "see 'left_out' in checkpoint.json)"
             )
         found |= dict.fromkeys(names)
     return list(found)

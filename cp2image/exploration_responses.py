@@ -1,8 +1,9 @@
-"""Features set to values, drawn, and measured again: here, or on the cluster. Floor: below the step."""
+"""Features set to values, drawn, measured again: here or on a cluster. Floor: below the step."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 import numpy as np
 import pandas as pd
@@ -55,9 +56,28 @@ def observed_range(
     return np.linspace(low, high, steps)
 
 
+@dataclass(frozen=True)
+class Turned:
+    """N cells with one feature at S values.
+
+    Attributes
+    ----------
+    scaled
+        The model's input, (N, S, p).
+    relative
+        Distance from the training cells over the guard's limit, (N, S).
+    contradicts
+        How far the feature is from what the others say, over that limit, (N, S).
+    """
+
+    scaled: NDArray[np.float32]
+    relative: NDArray[np.float64]
+    contradicts: NDArray[np.float64]
+
+
 def manipulate(
     artist: Artist, base: Base, feature: str, requested: NDArray[np.float64], mode: Mode
-) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+) -> "Turned":
     """Set one feature of N cells to S values.
 
     Parameters
@@ -75,9 +95,8 @@ def manipulate(
 
     Returns
     -------
-    tuple of NDArray
-        The model's input, (N, S, p), and its distance from the training cells over the guard's
-        limit, (N, S).
+    Turned
+        The model's input and what the guard says of it.
     """
     space = artist.space
     columns = space.columns_of(feature)
@@ -98,8 +117,11 @@ def manipulate(
     scaled = artist.scaled(cells, plates)
     rows = np.repeat(np.arange(n), steps)
     seen = space.encode(scaled, center[rows], scale[rows])
-    relative = artist.guard.relative(seen)
-    return scaled.reshape(n, steps, -1), relative.reshape(n, steps)
+    return Turned(
+        scaled.reshape(n, steps, -1),
+        artist.guard.relative(seen).reshape(n, steps),
+        artist.guard.contradicts(seen, columns).reshape(n, steps),
+    )
 
 
 def measure_drawn(
@@ -117,12 +139,9 @@ def measure_drawn(
     keys = np.repeat(base.keys, steps)
     plates = [plate for plate in base.plates for _ in range(steps)]
     flat = scaled.reshape(n * steps, -1)
-    first: NDArray[np.uint8] | None = None
-    found = []
-    for turn in range(artist.draws(draws)):
-        patches = artist.draw(flat, keys, turn)
-        first = patches if first is None else first
-        found.append(artist.measure(patches, plates, feature))
+    first = artist.draw(flat, keys)
+    others = (artist.draw(flat, keys, turn) for turn in range(1, artist.draws(draws)))
+    found = [artist.measure(patches, plates, feature) for patches in chain([first], others)]
     period = artist.space.period_of(feature)
     values = np.stack(found)
     if period is not None:
@@ -131,22 +150,26 @@ def measure_drawn(
         known = np.isfinite(values)
         total = np.where(known, values, 0).sum(axis=0)
         mean = np.where(known.any(axis=0), total / np.maximum(known.sum(axis=0), 1), np.nan)
-    assert first is not None  # noqa: S101  draws are one or more
     return mean.reshape(n, steps), first.reshape(n, steps, *first.shape[1:])
 
 
 @dataclass(frozen=True)
-class _Knob:
+class Knob:
+    """A feature, how it is turned, and to which S values."""
+
     feature: str
     mode: Mode
     requested: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class _Turned:
-    knob: _Knob
+class Measured:
+    """What was measured on N cells at S steps, and what the guard says, all (N, S)."""
+
+    knob: Knob
     measured: NDArray[np.float64]
     relative: NDArray[np.float64]
+    contradicts: NDArray[np.float64]
 
 
 def respond(config: Config, explored: ExploredCells, settings: Responses) -> pd.DataFrame:
@@ -167,11 +190,13 @@ def respond(config: Config, explored: ExploredCells, settings: Responses) -> pd.
         A row per feature, mode and step: see `response_rows`.
     """
     artist = explored.artist
-    features = match_features(settings.features, artist.model.features, "explore.responses.features")
+    features = match_features(
+        settings.features, artist.model.features, "explore.responses.features"
+    )
     features = [feature for feature in features if artist.measurable(feature)]
     base = Base.of(explored, explored.sample(settings.cells, settings.split, settings.treatments))
     knobs = [
-        _Knob(feature, mode, requested)
+        Knob(feature, mode, requested)
         for feature in features
         for requested in [observed_range(explored, feature, settings.percentiles, settings.steps)]
         for mode in settings.modes
@@ -181,29 +206,26 @@ def respond(config: Config, explored: ExploredCells, settings: Responses) -> pd.
     work = partial(_turn, base=base, draws=settings.draws)
     found: list[pd.DataFrame] = []
     with tqdm(total=len(knobs), desc="responses", unit=" knobs", mininterval=1) as bar:
-        turned = (work(artist, knob) for knob in knobs)
+        turned: Iterator[Measured] = (work(artist, knob) for knob in knobs)
         if images > _FEW:
             turned = _on_cluster(config, explored, knobs, base, settings.draws)
         for one in turned:
             bar.update()
-            found.append(
-                response_rows(artist, one.knob.feature, one.knob.mode, one.knob.requested,
-                              one.measured, one.relative)[1]
-            )  # fmt: skip
+            found.append(response_rows(artist, one)[1])
     if not found:
         return pd.DataFrame()
     return pd.concat(found).sort_values(["feature", "mode", "step"], ignore_index=True)
 
 
-def _turn(artist: Artist, knob: _Knob, base: Base, draws: int) -> _Turned:
-    scaled, relative = manipulate(artist, base, knob.feature, knob.requested, knob.mode)
-    measured, _ = measure_drawn(artist, base, knob.feature, scaled, draws)
-    return _Turned(knob, measured, relative)
+def _turn(artist: Artist, knob: Knob, base: Base, draws: int) -> Measured:
+    turned = manipulate(artist, base, knob.feature, knob.requested, knob.mode)
+    measured, _ = measure_drawn(artist, base, knob.feature, turned.scaled, draws)
+    return Measured(knob, measured, turned.relative, turned.contradicts)
 
 
 def _on_cluster(
-    config: Config, explored: ExploredCells, knobs: Sequence[_Knob], base: Base, draws: int
-) -> Iterator[_Turned]:
+    config: Config, explored: ExploredCells, knobs: Sequence[Knob], base: Base, draws: int
+) -> Iterator[Measured]:
     import ray
 
     join_cluster(config.cluster)
@@ -222,7 +244,7 @@ class _Actor:
     def __init__(self) -> None:
         self._artist: Artist | None = None
 
-    def run(self, shared: tuple[Config, Scaling, Guard, Base, int], knob: _Knob) -> _Turned:
+    def run(self, shared: tuple[Config, Scaling, Guard, Base, int], knob: Knob) -> Measured:
         config, scaling, guard, base, draws = shared
         if self._artist is None:
             self._artist = _load_artist(config, scaling, guard)
@@ -250,35 +272,34 @@ def _load_artist(config: Config, scaling: Scaling, guard: Guard) -> Artist:
 
 def response_rows(
     artist: Artist,
-    feature: str,
-    mode: Mode,
-    requested: NDArray[np.float64],
-    measured: NDArray[np.float64],
-    relative: NDArray[np.float64],
+    one: Measured,
 ) -> tuple[Response, pd.DataFrame]:
     """Sum up one knob: as a `Response` and as rows of a table, one per step.
 
     Columns: ``feature``, ``compartment``, ``category``, ``mode``, ``step``, ``requested``,
     ``measured`` (mean over cells), ``deviation``, ``cells`` in which it is defined, ``outside``
     (share of the cells that are far from the training cells), ``distance`` (median, over the
-    limit), and, the same in each row of a knob, ``spearman``, ``spearman_of_means``, ``slope``,
-    ``rises``, ``same_scale``.
+    limit), ``contradictory`` (share whose value the cell's other features contradict), and, the
+    same in each row of a knob, ``spearman``, ``spearman_of_means``, ``slope``, ``rises``,
+    ``same_scale``.
     """
-    found = summarise_response(requested, measured, artist.space.period_of(feature))
+    feature, requested = one.knob.feature, one.knob.requested
+    found = summarise_response(requested, one.measured, artist.space.period_of(feature))
     column = parse_column(feature)
     table = pd.DataFrame(
         {
             "feature": feature,
             "compartment": column.compartment if column else "",
             "category": column.category if column else "",
-            "mode": mode,
+            "mode": one.knob.mode,
             "step": np.arange(len(requested)),
             "requested": requested,
             "measured": found.mean,
             "deviation": found.deviation,
             "cells": found.cells,
-            "outside": (relative > 1).mean(axis=0),
-            "distance": np.median(relative, axis=0),
+            "outside": (one.relative > 1).mean(axis=0),
+            "distance": np.median(one.relative, axis=0),
+            "contradictory": (one.contradicts > 1).mean(axis=0),
             "spearman": found.spearman,
             "spearman_of_means": found.spearman_of_means,
             "slope": found.slope,
@@ -292,20 +313,23 @@ def response_rows(
 def knob_table(steps: pd.DataFrame) -> pd.DataFrame:
     """Reduce a table of responses to a row per feature, the knobs that work best first.
 
-    ``spearman``, ``rises``, ``slope`` and ``outside`` (share over cells and steps) stand side by
-    side for each mode.
+    ``spearman``, ``rises``, ``slope``, and the shares ``outside`` and ``contradictory`` over cells
+    and steps stand side by side for each mode.
     """
-    if steps.empty:
-        return steps
     keys = ["feature", "compartment", "category"]
-    single = steps.groupby([*keys, "mode"], sort=False).agg(
-        spearman=("spearman", "first"),
-        rises=("rises", "first"),
-        slope=("slope", "first"),
-        outside=("outside", "mean"),
-        cells=("cells", "min"),
-    )
-    wide = single.unstack("mode")
-    wide.columns = [f"{value}_{mode}" for value, mode in wide.columns]
-    first = next(name for name in wide.columns if name.startswith("spearman_"))
-    return wide.sort_values(first, ascending=False, kind="stable").reset_index()
+    found: pd.DataFrame | None = None
+    for mode in steps["mode"].unique():
+        one = steps[steps["mode"] == mode].groupby(keys, sort=False)
+        part = one.agg(
+            spearman=("spearman", "first"),
+            rises=("rises", "first"),
+            slope=("slope", "first"),
+            outside=("outside", "mean"),
+            contradictory=("contradictory", "mean"),
+            cells=("cells", "min"),
+        ).add_suffix(f"_{mode}")
+        found = part if found is None else found.join(part, how="outer")
+    if found is None:
+        return steps
+    best = str(found.columns[0])
+    return found.sort_values(best, ascending=False, kind="stable").reset_index()

@@ -47,7 +47,7 @@ _COLOURS = {"conditional": ACCENT, "single": CONTRAST}
 def manipulation_figure(
     feature: str,
     images: Mapping[str, Patches],
-    outside: Mapping[str, NDArray[np.bool_]],
+    marks: Mapping[str, NDArray[Any]],
     responses: Mapping[str, Response],
     look: Look,
     *,
@@ -62,8 +62,9 @@ def manipulation_figure(
         CellProfiler's name.
     images
         Mode → generated patches, (cells, S, C, H, W).
-    outside
-        Mode → which of them are far from the training cells, (cells, S).
+    marks
+        Mode → which of them are far from the training cells, or ask for a value that contradicts
+        the others, (cells, S), see `draw_sheet`.
     responses
         Mode → what was measured; all have the same S requested values.
     look
@@ -82,7 +83,7 @@ def manipulation_figure(
     texts = [format_number(value) for value in requested]
     for axes, (mode, drawn) in zip(grid, images.items(), strict=False):
         rows = {f"cell {row + 1}": drawn[row] for row in range(cells)}
-        marked = {f"cell {row + 1}": outside[mode][row] for row in range(cells)}
+        marked = {f"cell {row + 1}": marks[mode][row] for row in range(cells)}
         draw_sheet(axes, look, rows, titles=texts, marked=marked, title=_MODES[mode])
     axes = quiet(grid[-1], x=f"requested {feature}", y="measured")
     for mode, found in responses.items():
@@ -99,21 +100,20 @@ def manipulation_figure(
     axes.legend(frameon=False, fontsize=SMALL, labelcolor=INK, loc="best")
     axes.set_title(note, fontsize=SMALL, color=MUTED, loc="left")
     figure.suptitle(feature, fontsize=SMALL + 3, color=INK)
-    stain_legend(figure, look, any(part.any() for part in outside.values()))
+    stain_legend(figure, look, np.stack(list(marks.values())))
     return figure
 
 
 def trajectory_figure(
     title: str,
     drawn: Patches,
-    swapped: Sequence[int],
+    swapped: ArrayLike,
     similarity: ArrayLike,
     outside: NDArray[np.bool_],
     look: Look,
     *,
-    real: Patches | None = None,
-    all_swapped: ArrayLike = (),
-    all_similarity: ArrayLike = (),
+    real: Mapping[str, Patches] | None = None,
+    columns: int = 10,
 ) -> Figure:
     """Draw the way between two cells, the cosine similarity to the target under each image.
 
@@ -132,32 +132,29 @@ def trajectory_figure(
     look
         Colours and contrast.
     real
-        Patches of the first and the last cell, (2, C, H, W), if there are any.
-    all_swapped, all_similarity
-        Of every step, those that are not shown included, for the curve.
+        Label → the real cell, (1, C, H, W), of start and target, if there are any.
+    columns
+        Images side by side.
     """
-    count = len(drawn)
-    rows: dict[str, Any] = {"generated": drawn}
-    if real is not None:
-        between = np.full((count - 2, *drawn.shape[1:]), 0, drawn.dtype)
-        rows["real"] = np.concatenate([real[:1], between, real[1:]])
-    height = sheet_height(len(rows), caption_lines=1, title_lines=2)
-    figure = blank(max(count * INCH + 0.9, 6.0), height + 2.3)
+    count, taken, alike = len(drawn), np.asarray(swapped), np.asarray(similarity)
+    rows: dict[str, Any] = {}
+    captions, marks = {}, {}
+    for start in range(0, count, columns):
+        part = slice(start, min(start + columns, count))
+        label = f"generated\n{taken[start]:,}–{taken[part.stop - 1]:,}\nfeatures"
+        rows[label], marks[label] = drawn[part], outside[part]
+        captions[label] = [f"{value:.2f}" for value in alike[part]]
+    for label, patch in (real or {}).items():
+        rows[label], captions[label] = patch, [""]
+    height = sheet_height(len(rows), caption_lines=1)
+    figure = blank(max(min(count, columns) * INCH + 1.2, 6.0), height + 2.4)
     top, below = figure.subplots(2, 1, height_ratios=[height, 1.7])
-    captions = {"generated": [f"{value:.2f}" for value in np.asarray(similarity)]}
-    texts = [f"{number:,} features" if i == 0 else f"{number:,}" for i, number in enumerate(swapped)]
-    draw_sheet(top, look, rows, titles=texts, captions=captions, marked={"generated": outside})
-    if real is not None:  # nothing real lies in between
-        picture = top.get_images()[0]
-        sheet = np.array(picture.get_array())
-        step = sheet.shape[1] / count
-        sheet[sheet.shape[0] // 2 :, round(step) : round(step * (count - 1))] = 255
-        picture.set_data(sheet)
+    draw_sheet(top, look, rows, captions=captions, marked=marks)
     axes = quiet(below, x="features taken over from the target", y="cosine to the target")
-    axes.plot(np.asarray(all_swapped), np.asarray(all_similarity), color=ACCENT)
-    axes.plot(np.asarray(swapped), np.asarray(similarity), "o", color=ACCENT, markersize=4)
+    axes.plot(taken, alike, "o-", color=ACCENT, markersize=3)
+    axes.plot(taken[outside], alike[outside], "o", color=CONTRAST, markersize=4)
     figure.suptitle(title, fontsize=SMALL + 2, color=INK)
-    stain_legend(figure, look, bool(outside.any()))
+    stain_legend(figure, look, outside)
     return figure
 
 
@@ -204,7 +201,7 @@ def concentration_figure(
     side = max(3.4, sheet_height(len(real)) if real else 0)
     width = max(len(shares) * INCH + 1.2, 8.0)
     figure = blank(width, height + side + 0.7)
-    upper, lower = figure.subfigures(2, 1, height_ratios=[side, height + 0.3])
+    upper, lower = np.ravel(figure.subfigures(2, 1, height_ratios=[side, height + 0.3]))
     most = max((len(patches) for patches in real.values()), default=0)
     if real:
         left, right = upper.subplots(1, 2, width_ratios=[width - most * INCH - 1, most * INCH + 1])
@@ -226,7 +223,7 @@ def concentration_figure(
     texts = [f"{100 * share:.0f} %" for share in shares]
     draw_sheet(axes, look, drawn, titles=texts, marked=marked, title="generated along the line")
     figure.suptitle(title, fontsize=SMALL + 3, color=INK)
-    stain_legend(figure, look, any(np.any(part) for part in outside.values()))
+    stain_legend(figure, look, np.concatenate([np.ravel(part) for part in outside.values()]))
     return figure
 
 
@@ -271,7 +268,7 @@ def representatives_figure(
     if real is not None:
         grid[1].set_yticks([])
     figure.suptitle(title, fontsize=SMALL + 3, color=INK)
-    stain_legend(figure, look, any(np.any(part) for part in outside.values()))
+    stain_legend(figure, look, np.concatenate([np.ravel(part) for part in outside.values()]))
     return figure
 
 

@@ -34,8 +34,7 @@ def spread_apart(points: ArrayLike, side: float, rounds: int = 400) -> NDArray[n
     for _ in range(rounds):
         apart = x[:, None] - x[None]
         lack = side - np.abs(apart)
-        overlap = (lack > 1e-9 * side).all(axis=2)
-        np.fill_diagonal(overlap, val=False)
+        overlap = (lack > 1e-9 * side).all(axis=2) & ~np.eye(len(x), dtype=bool)
         if not overlap.any():
             break
         shorter = lack.argmin(axis=2)
@@ -127,7 +126,7 @@ def treatment_map(
         figure.suptitle(title + note, fontsize=TEXT + 1, color=INK)
     if names:
         legend(figure, {name: colour.get(name, MUTED) for name in names}, 4)
-    stain_legend(figure, look, marked=False, place="upper right")
+    stain_legend(figure, look, place="upper right")
     return figure
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from numpy.typing import ArrayLike, NDArray
 
@@ -15,7 +14,10 @@ from cp2image.figures.canvas import CONTRAST, INK, MUTED, SMALL, TEXT
 from cp2image.figures.patches import colour_patches, draw_scale_bar, stain_colours, strip, tile
 
 OUTSIDE = "far from the training cells"
-"""What the legend says of a marked image."""
+CONTRADICTS = "value contradicts the cell's other features"
+"""What the legend says of frames, solid and dotted."""
+FAR, ODD = 1, 2
+"""Marks of an image: a solid frame, a dotted one."""
 INCH = 0.85
 _GAP = 4
 
@@ -68,7 +70,7 @@ def draw_sheet(
     captions
         Label → texts below the row's images.
     marked
-        Label → which images get a frame, (N,) of bool.
+        Label → which images get a frame, (N,): 0 none, `FAR` (True) a solid, `ODD` a dotted one.
     title
         Text above all.
 
@@ -92,7 +94,7 @@ def draw_sheet(
     for row, label in enumerate(rows):
         count = counts[label]
         texts = (captions or {}).get(label, ())
-        frames = np.asarray((marked or {}).get(label, np.zeros(count, bool)), dtype=bool)
+        frames = np.asarray((marked or {}).get(label, np.zeros(count))).astype(int)
         if len(frames) != count or len(texts) not in (0, count):
             raise PatchError(
                 f"row {label!r}: {len(texts)} captions and {len(frames)} marks for {count} cells"
@@ -104,10 +106,13 @@ def draw_sheet(
             if frames[column]:
                 frame = Rectangle((left - 1.5, top - 1.5), width + 2, height + 2, fill=False)
                 axes.add_patch(frame)
-                frame.set(edgecolor=CONTRAST, linewidth=1.6, clip_on=False)
+                style = "-" if frames[column] == FAR else (0, (1, 1.5))
+                frame.set(edgecolor=CONTRAST, linewidth=1.6, linestyle=style, clip_on=False)
             if texts:
                 at = (left + width / 2, top + height + 1)
-                axes.text(*at, texts[column], ha="center", va="top", fontsize=SMALL - 1.5, color=INK)
+                axes.text(
+                    *at, texts[column], ha="center", va="top", fontsize=SMALL - 1.5, color=INK
+                )
     axes.imshow(tile(sheet, columns, _GAP), interpolation="nearest")
     centres = [row * (height + room + _GAP) + height / 2 for row in range(len(rows))]
     axes.set_yticks(centres, list(rows), fontsize=SMALL, color=INK)
@@ -127,18 +132,24 @@ def sheet_height(rows: int, *, caption_lines: int = 0, title_lines: int = 0) -> 
     return rows * INCH * (1 + 0.15 * caption_lines) + 0.14 * title_lines + 0.3
 
 
-def stain_legend(figure: Figure, look: Look, marked: bool, place: str = "lower center") -> None:
-    """Put the stains' colours, and what a frame means if one is there, under a figure."""
+def stain_legend(
+    figure: Figure, look: Look, marks: ArrayLike = (), place: str = "lower center"
+) -> None:
+    """Put the stains' colours, and what the frames mean that are there, under a figure.
+
+    ``marks`` are those of all its images, as `draw_sheet` takes them.
+    """
     stains = dict(zip(look.channels, stain_colours(look.channels), strict=True))
     handles: list[Any] = [
         Patch(facecolor=colour, edgecolor=MUTED, linewidth=0.4, label=name)
         for name, colour in stains.items()
     ]
-    if marked:
-        handles.append(
-            Line2D([], [], marker="s", linestyle="none", markersize=7, markerfacecolor="none",
-                   markeredgecolor=CONTRAST, markeredgewidth=1.5, label=OUTSIDE)
-        )  # fmt: skip
+    there = set(np.asarray(marks).astype(int).ravel().tolist())
+    for mark, text, style in ((FAR, OUTSIDE, "-"), (ODD, CONTRADICTS, ":")):
+        if mark in there:
+            frame = Patch(facecolor="none", edgecolor=CONTRAST, linewidth=1.5, label=text)
+            frame.set_linestyle(style)
+            handles.append(frame)
     figure.legend(
         handles=handles,
         loc=f"outside {place}",

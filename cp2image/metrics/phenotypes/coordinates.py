@@ -1,9 +1,9 @@
 """Profiles as points of a space in which angles close to circles. Pure: numpy.
 
 A scaled feature is a coordinate as it is. An angle (an orientation, a Zernike phase) becomes the
-cosine and sine of its turn: 89° and -89° are neighbours there, means and covariances mean something
-(Mardia and Jupp, Directional Statistics, 2000, chapter 2), and an elongated object's second moments,
-which follow cos 2θ and sin 2θ, are linear in them.
+cosine and sine of its turn: 89° and -89° are neighbours there, means and covariances mean
+something (Mardia and Jupp, Directional Statistics, 2000, chapter 2), and an elongated object's
+second moments, which follow cos 2θ and sin 2θ, are linear in them.
 """
 
 from collections.abc import Sequence

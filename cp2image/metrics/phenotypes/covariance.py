@@ -5,11 +5,13 @@ inverse is dominated by that noise; they are shrunk towards 0 as Ledoit and Wolf
 Multivariate Analysis 88, 2004, section 3.3, on standardised columns).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.linalg import cholesky, solve_triangular
+from scipy.linalg import cho_solve, cholesky, solve_triangular
 
 from cp2image.errors import EvaluationError
 
@@ -63,8 +65,9 @@ class ShrunkCovariance:
         """
         x = np.asarray(cells, dtype=np.float64)
         if x.ndim != 2 or len(x) < 3:
-            raise EvaluationError(f"a covariance of cells of shape {x.shape}; expected (3 or more,"
-                                  " coordinates)")  # fmt: skip
+            raise EvaluationError(
+                f"a covariance of cells of shape {x.shape}; expected (3 or more, coordinates)"
+            )
         if not np.isfinite(x).all():
             raise EvaluationError("profiles hold NaN or infinity; scale them before (missing is 0)")
         mean = x.mean(axis=0)
@@ -110,6 +113,24 @@ class ShrunkCovariance:
         moved[:, chosen] = goal
         return moved
 
+    @cached_property
+    def precision(self) -> Values:
+        """Inverse of the correlation, (q, q)."""
+        inverse: Values = cho_solve((self.root, True), np.eye(len(self.mean)))
+        return inverse
+
+    def contradiction(self, cells: ArrayLike, columns: Sequence[int] | None = None) -> Values:
+        """Return how far coordinates are from what all others of the cell say, (N, K).
+
+        In conditional standard deviations: |x - E[x | the others]| over the deviation left when
+        the others are known. Some columns, or all.
+        """
+        chosen = np.arange(len(self.mean)) if columns is None else np.asarray(columns)
+        z = (np.asarray(cells, dtype=np.float64) - self.mean) / self.deviation
+        left = self.precision[:, chosen]
+        apart: Values = np.abs(z @ left) / np.sqrt(self.precision[chosen, chosen])
+        return apart
+
     def distance(self, cells: ArrayLike) -> Values:
         """Return each cell's Mahalanobis distance from the mean, (N,)."""
         z = (np.asarray(cells, dtype=np.float64) - self.mean) / self.deviation
@@ -140,12 +161,18 @@ def ledoit_wolf(standardised: ArrayLike, correlation: ArrayLike) -> float:
 class Guard:
     """Tells vectors that are far from the cells a model was trained on.
 
+    A Mahalanobis distance over hundreds of features sees a vector that is odd as a whole. One
+    feature that does not fit the others (a large area with a small diameter) is a small part of it;
+    that is what `contradicts` looks at.
+
     Attributes
     ----------
     covariance
         Of four fifths of the cells.
     limit
         Mahalanobis distance that ``share`` of the other fifth are within.
+    limits
+        The same of each coordinate's contradiction, (q,).
     share
         As asked for.
     held_back
@@ -154,12 +181,13 @@ class Guard:
 
     covariance: ShrunkCovariance
     limit: float
+    limits: Values
     share: float
     held_back: int
 
     @classmethod
     def fit(cls, cells: ArrayLike, share: float, shrinkage: float | None = None) -> "Guard":
-        """Estimate the covariance from four of five cells, the limit from every fifth.
+        """Estimate the covariance from four of five cells, the limits from every fifth.
 
         Distances of the cells that a covariance comes from are too small to judge others by.
 
@@ -177,8 +205,15 @@ class Guard:
         held = np.arange(len(x)) % _HELD_BACK == _HELD_BACK - 1
         covariance = ShrunkCovariance.fit(x[~held], shrinkage)
         limit = float(np.quantile(covariance.distance(x[held]), share))
-        return cls(covariance, limit, share, int(held.sum()))
+        limits = np.quantile(covariance.contradiction(x[held]), share, axis=0)
+        return cls(covariance, limit, np.maximum(limits, 1e-9), share, int(held.sum()))
 
     def relative(self, cells: ArrayLike) -> Values:
         """Return distances over the limit, (N,): above 1 is outside."""
         return self.covariance.distance(cells) / self.limit
+
+    def contradicts(self, cells: ArrayLike, columns: Sequence[int]) -> Values:
+        """Return the largest contradiction among some coordinates over its limit, (N,)."""
+        chosen = list(columns)
+        found: Values = self.covariance.contradiction(cells, chosen) / self.limits[chosen]
+        return found.max(axis=1)

@@ -119,7 +119,9 @@ class PrincipalAxes:
             variance, side = np.linalg.eigh(centred.T @ centred)
             axes = side.T
         total = max(float(variance.sum()), 1e-300)
-        kept = [i for i in np.argsort(-variance, kind="stable")[:count] if variance[i] > 1e-9 * total]
+        kept = [
+            i for i in np.argsort(-variance, kind="stable")[:count] if variance[i] > 1e-9 * total
+        ]
         axes = axes[kept]
         largest = np.abs(axes).argmax(axis=1)
         axes *= np.sign(axes[np.arange(len(axes)), largest])[:, None]

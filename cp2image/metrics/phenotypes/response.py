@@ -9,6 +9,8 @@ from scipy.stats import rankdata
 from cp2image.errors import EvaluationError
 
 Values = NDArray[np.float64]
+_CHANCE = 0.01
+"""Rayleigh's p below which the angles of a step have a common direction."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Response:
         (S,), rising, in the feature's own units.
     mean, deviation
         Of what was measured at each step, over cells, (S,). Of angles the circular mean, unrolled
-        from step to step so that it does not jump by a turn.
+        from step to step so that it does not jump by a turn, where every step has a direction.
     cells
         Cells at each step in which the feature is defined, (S,).
     spearman
@@ -99,11 +101,19 @@ def circular_mean(values: ArrayLike, period: float, axis: int = 0) -> Values:
 
 
 def _unroll(x: Values, known: NDArray[np.bool_], period: float, asked: Values) -> Values:
-    """Put each step's angles within half a turn of their mean, and the means in a row."""
+    """Put each step's angles within half a turn of their mean, and the means in a row.
+
+    A chain of means that are chance would drift and look like an answer. So all steps must have a
+    direction (Rayleigh's test, p < 0.01); else the circle is cut opposite the requested values.
+    """
     means = circular_mean(x, period)
-    there = np.isfinite(means)
-    if not there.any():
-        return x
+    there = known.any(axis=0)
+    turns = np.where(known, np.exp(2j * np.pi * np.nan_to_num(x) / period), 0)
+    counts = np.maximum(known.sum(axis=0), 1)
+    length = np.abs(turns.sum(axis=0)) / counts
+    if not (length[there] > np.sqrt(-np.log(_CHANCE) / counts[there])).all():
+        middle = asked.mean()
+        return (x - middle + period / 2) % period - period / 2 + middle
     row = np.unwrap(means[there], period=period)
     row += period * np.round((asked[there].mean() - row.mean()) / period)
     means[there] = row
