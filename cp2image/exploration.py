@@ -135,7 +135,7 @@ def _finish(
         },
         "images": album.images,
         "images_outside": album.outside,
-        "notes": list(explored.notes),
+        "notes": [*explored.notes, *album.notes],
     }
     metrics = dict(_flat(found))
     result = Exploration(album.uri, protocol, found, album.names, metrics)

@@ -32,6 +32,8 @@ class Album:
         The cells.
     names
         Pictures so far.
+    notes
+        What was not drawn and why, a sentence each.
     images, outside
         Generated images so far, and those of them far from the training cells.
     """
@@ -39,6 +41,7 @@ class Album:
     uri: str
     explored: ExploredCells
     names: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     images: int = 0
     outside: int = 0
 

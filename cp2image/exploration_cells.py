@@ -299,8 +299,9 @@ def _from_dataset(
             table = read_range(cells, list(model.features)).take(pa.array(rows["place"].to_numpy()))
             frames.append(rows)
             values.append(decode_features(table, model.features))
-    cells_frame = pd.concat(frames, ignore_index=True).drop(columns=["part", "place"])
-    return cells_frame, np.concatenate(values)
+    found = pd.concat(frames, ignore_index=True).drop(columns=["part", "place"])
+    order = np.argsort(found["key"].to_numpy(), kind="stable")  # whatever files they lie in
+    return found.iloc[order].reset_index(drop=True), np.concatenate(values)[order]
 
 
 def _from_table(model: Model, config: Config) -> tuple[pd.DataFrame, NDArray[np.float32]]:

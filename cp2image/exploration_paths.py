@@ -41,15 +41,15 @@ def travel(config: Config, explored: ExploredCells, album: Album) -> dict[str, A
     """
     settings, artist = config.explore.trajectories, explored.artist
     control = np.flatnonzero(explored.cells["control"].to_numpy())
-    if not len(control):
-        raise EvaluationError(
-            "trajectories start at the negative controls, and no cell is one; set scaling.control, "
-            "or leave trajectories out of explore.which"
-        )
+    targets = _targets(explored, settings.targets)
+    if not len(control) or not targets:
+        what = "mechanism of action to go to" if len(control) else "negative control to start from"
+        album.notes.append(f"no trajectory was drawn: the cells have no {what}")
+        return {}
     start = int(control[nearest_to_mean(explored.coordinates[control])])
     found: dict[str, Any] = {}
     tables = []
-    for name, rows in _targets(explored, settings.targets).items():
+    for name, rows in targets.items():
         end = int(rows[nearest_to_mean(explored.coordinates[rows])])
         way = swap_features(
             explored.scaled[start], explored.scaled[end], settings.features_per_step
@@ -105,11 +105,6 @@ def _targets(explored: ExploredCells, wanted: list[str]) -> dict[str, NDArray[np
                 f"mechanisms: {', '.join(sorted(set(moas) - {''})) or 'none'}"
             )
         groups[name] = rows
-    if not groups:
-        raise EvaluationError(
-            f"no mechanism of action to travel to: the cells have no {MOA}; name treatments in "
-            "explore.trajectories.targets"
-        )
     return {name: np.flatnonzero(rows) for name, rows in groups.items()}
 
 
@@ -136,7 +131,15 @@ def follow_doses(config: Config, explored: ExploredCells, album: Album) -> dict[
     shares = np.linspace(0, 1, settings.points)
     found: dict[str, Any] = {}
     tables = []
-    for compound, groups in _doses(explored, settings.compounds, settings.fewest).items():
+    lines = _doses(explored, settings.compounds, settings.fewest)
+    if not lines:
+        album.notes.append(
+            f"no line of concentrations was drawn: no compound has two concentrations of "
+            f"{settings.fewest} cells or more and controls on its plates; see "
+            "explore.concentrations.fewest, or name compounds"
+        )
+        return {}
+    for compound, groups in lines.items():
         points = {name: explored.coordinates[rows] for name, rows in groups.items()}
         together = np.concatenate(list(points.values()))
         axes, wide = (PrincipalAxes.fit(together, count) for count in (2, AXES))
@@ -210,9 +213,10 @@ def _doses(
 ) -> dict[str, dict[str, NDArray[np.int64]]]:
     """Return, per compound, the controls of its plates and its concentrations, rising."""
     cells, control = explored.cells, explored.cells["control"].to_numpy()
+    if not wanted and not {COMPOUND, CONCENTRATION} <= set(cells):
+        return {}
     compounds, plates = explored.names(COMPOUND), explored.names(PLATE)
-    if CONCENTRATION not in cells:
-        explored.names(CONCENTRATION)
+    explored.names(CONCENTRATION)
     dose = pd.to_numeric(cells[CONCENTRATION], errors="coerce").to_numpy(dtype=np.float64)
     unknown = [name for name in wanted if not (compounds == name).any()]
     if unknown:
@@ -233,10 +237,10 @@ def _doses(
                 groups[f"{name} {format_number(float(value))}"] = rows
         if len(groups) >= (2 if name in wanted else 3):
             found[name] = groups
-    if not found:
-        raise EvaluationError(
-            f"no compound has two concentrations of {fewest} cells or more, beside controls on its "
-            "plates; name one in explore.concentrations.compounds, or lower "
-            "explore.concentrations.fewest"
-        )
+        elif name in wanted:
+            raise EvaluationError(
+                f"explore.concentrations.compounds: {name!r} has {len(groups)} group of {fewest} "
+                "cells or more (its concentrations, the controls of its plates); a line needs two, "
+                "see explore.concentrations.fewest"
+            )
     return found
