@@ -54,7 +54,9 @@ def drawn(figure):
 
 def test_a_sheet_puts_each_image_in_its_row_and_column_in_one_contrast(look):
     rows = {"a": cells(3), "b": cells(2, seed=1)}
-    axes = draw_sheet(blank(4, 3).subplots(), look, rows, titles=["x", "y"], marked={"a": [0, 1, 2]})
+    axes = draw_sheet(
+        blank(4, 3).subplots(), look, rows, titles=["x", "y"], marked={"a": [0, 1, 2]}
+    )
     sheet = np.asarray(axes.get_images()[0].get_array())
     step = SIZE + 4
     for row, patches in enumerate(rows.values()):
@@ -129,7 +131,11 @@ def test_a_trajectory_has_the_similarity_under_every_image(look):
 
 @pytest.mark.parametrize("with_real", [True, False])
 def test_a_dose_line_shows_the_plane_the_line_and_the_real_cells_if_there_are_any(look, with_real):
-    places = {"control": np.zeros((4, 2)), "drug 1": np.ones((3, 2)), "drug 3": np.full((3, 2), 2.0)}
+    places = {
+        "control": np.zeros((4, 2)),
+        "drug 1": np.ones((3, 2)),
+        "drug 3": np.full((3, 2), 2.0),
+    }
     figure = concentration_figure(
         "drug",
         places,

@@ -239,7 +239,7 @@ def test_the_medoid_is_no_outlier_and_prototypes_reach_every_clump():
     clumps = np.array([[0.0, 0], [10, 0], [0, 10]])
     counts = [40, 30, 20]
     cells = np.concatenate(
-        [c + rng(i).normal(0, 0.5, (n, 2)) for i, (c, n) in enumerate(zip(clumps, counts))]
+        [clumps[i] + rng(i).normal(0, 0.5, (count, 2)) for i, count in enumerate(counts)]
     )
     cells = np.vstack([cells, [[30.0, 30]]])
     truth = np.repeat([0, 1, 2, 3], [*counts, 1])
