@@ -161,7 +161,8 @@ class ExploredCells:
     def keys(self, rows: NDArray[Any]) -> NDArray[np.uint64]:
         """Return the keys of some rows."""
         keys: NDArray[np.uint64] = self.cells["key"].to_numpy(dtype=np.uint64)
-        return keys[rows]
+        chosen: NDArray[np.uint64] = keys[rows]
+        return chosen
 
     def plates(self, rows: NDArray[Any]) -> list[str]:
         """Return the plates of some rows."""

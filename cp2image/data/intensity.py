@@ -93,14 +93,14 @@ class Intensity:
         plates
             N names.
         """
-        shares = patches.astype(np.float32) / 255
+        shares = patches.astype(np.float32) / np.float32(255)
         if self.kind == "per_patch_max":
             return shares
         known = {plate: row for row, plate in enumerate(self.plates)}
         rows = np.array([known.get(plate, len(self.plates)) for plate in plates], dtype=int)
         low, high = (part[rows, :, None, None].astype(np.float32) for part in (self.low, self.high))
-        restored: NDArray[np.float32] = np.clip(low + shares * (high - low), 0.0, 1.0)
-        return restored
+        restored = np.clip(low + shares * (high - low), 0.0, 1.0)
+        return restored.astype(np.float32, copy=False)
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-able form."""

@@ -201,7 +201,8 @@ def concentration_figure(
     side = max(3.4, sheet_height(len(real)) if real else 0)
     width = max(len(shares) * INCH + 1.2, 8.0)
     figure = blank(width, height + side + 0.7)
-    upper, lower = np.ravel(figure.subfigures(2, 1, height_ratios=[side, height + 0.3]))
+    halves: Any = figure.subfigures(2, 1, height_ratios=[side, height + 0.3])
+    upper, lower = halves
     most = max((len(patches) for patches in real.values()), default=0)
     if real:
         left, right = upper.subplots(1, 2, width_ratios=[width - most * INCH - 1, most * INCH + 1])

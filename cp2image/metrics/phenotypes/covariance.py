@@ -135,7 +135,8 @@ class ShrunkCovariance:
         """Return each cell's Mahalanobis distance from the mean, (N,)."""
         z = (np.asarray(cells, dtype=np.float64) - self.mean) / self.deviation
         whitened = solve_triangular(self.root, z.T, lower=True)
-        return np.sqrt(np.einsum("qn,qn->n", whitened, whitened))
+        apart: Values = np.sqrt(np.einsum("qn,qn->n", whitened, whitened))
+        return apart
 
 
 def ledoit_wolf(standardised: ArrayLike, correlation: ArrayLike) -> float:
@@ -216,4 +217,5 @@ class Guard:
         """Return the largest contradiction among some coordinates over its limit, (N,)."""
         chosen = list(columns)
         found: Values = self.covariance.contradiction(cells, chosen) / self.limits[chosen]
-        return found.max(axis=1)
+        largest: Values = found.max(axis=1)
+        return largest

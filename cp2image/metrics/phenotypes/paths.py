@@ -83,7 +83,8 @@ def cosine(profiles: ArrayLike, target: ArrayLike) -> Values:
     """Return the cosine similarity of profiles (N, p) to one (p,); 0 for a profile of zeros."""
     x, y = np.asarray(profiles, np.float64), np.asarray(target, np.float64)
     norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y)
-    return (x @ y) / np.maximum(norms, 1e-300)
+    found: Values = (x @ y) / np.maximum(norms, 1e-300)
+    return found
 
 
 @dataclass(frozen=True)

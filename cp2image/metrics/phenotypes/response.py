@@ -113,7 +113,8 @@ def _unroll(x: Values, known: NDArray[np.bool_], period: float, asked: Values) -
     length = np.abs(turns.sum(axis=0)) / counts
     if not (length[there] > np.sqrt(-np.log(_CHANCE) / counts[there])).all():
         middle = asked.mean()
-        return (x - middle + period / 2) % period - period / 2 + middle
+        cut: Values = (x - middle + period / 2) % period - period / 2 + middle
+        return cut
     row = np.unwrap(means[there], period=period)
     row += period * np.round((asked[there].mean() - row.mean()) / period)
     means[there] = row
