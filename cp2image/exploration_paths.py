@@ -76,7 +76,7 @@ def travel(config: Config, explored: ExploredCells, album: Album) -> dict[str, A
             way.similarity[shown],
             relative[shown] > 1,
             explored.look,
-            real=None if ends is None else {"real start": ends[:1], "real target": ends[1:]},
+            real=None if ends is None else {"start": ends[:1], "target": ends[1:]},
         )
         album.add(f"trajectories/{file_name(name)}", figure, here, about, scaled, relative, patches)
         tables.append(about.assign(outside=relative > 1, distance=relative))

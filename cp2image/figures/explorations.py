@@ -132,7 +132,7 @@ def trajectory_figure(
     look
         Colours and contrast.
     real
-        Label → the real cell, (1, C, H, W), of start and target, if there are any.
+        ``start`` and ``target`` → the real cell, (1, C, H, W), if there are any.
     columns
         Images side by side.
     """
@@ -144,8 +144,9 @@ def trajectory_figure(
         label = f"generated\n{taken[start]:,}–{taken[part.stop - 1]:,}\nfeatures"
         rows[label], marks[label] = drawn[part], outside[part]
         captions[label] = [f"{value:.2f}" for value in alike[part]]
-    for label, patch in (real or {}).items():
-        rows[label], captions[label] = patch, [""]
+    if real:
+        rows["real"] = np.concatenate(list(real.values()))
+        captions["real"] = list(real)
     height = sheet_height(len(rows), caption_lines=1)
     figure = blank(max(min(count, columns) * INCH + 1.2, 6.0), height + 2.4)
     top, below = figure.subplots(2, 1, height_ratios=[height, 1.7])
