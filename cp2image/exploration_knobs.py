@@ -46,7 +46,12 @@ def turn_some(config: Config, explored: ExploredCells, album: Album) -> dict[str
     found: dict[str, Any] = {}
     tables = []
     for feature in features:
-        requested = observed_range(explored, feature, settings.percentiles, settings.steps)
+        requested = observed_range(
+            explored, feature, settings.percentiles, settings.steps, base.plates
+        )
+        if not requested[0] < requested[-1]:
+            album.notes.append(f"{feature} has no range to be set over on the cells' plates")
+            continue
         images: dict[str, Any] = {}
         marks: dict[str, Any] = {}
         responses: dict[str, Response] = {}
@@ -98,7 +103,8 @@ def turn_some(config: Config, explored: ExploredCells, album: Album) -> dict[str
         )
         joined = [join_parts([part[i] for part in parts]) for i in range(5)]
         album.add(f"manipulate/{file_name(feature)}", figure, *joined)
-    album.table("manipulate/responses", pd.concat(tables, ignore_index=True))
+    if tables:
+        album.table("manipulate/responses", pd.concat(tables, ignore_index=True))
     return found
 
 

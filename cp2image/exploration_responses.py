@@ -41,11 +41,17 @@ class Base:
 
 
 def observed_range(
-    explored: ExploredCells, feature: str, percentiles: tuple[float, float], steps: int
+    explored: ExploredCells,
+    feature: str,
+    percentiles: tuple[float, float],
+    steps: int,
+    plates: Sequence[str],
 ) -> NDArray[np.float64]:
     """Return ``steps`` values, evenly over the range of the training cells, in own units.
 
-    Values beyond the clip of the scaling are taken at it: the model has seen no others.
+    The scaling limits what the model sees to some robust deviations of a plate's controls; the
+    range ends where that limit is on any of ``plates``, beyond which a request would change
+    nothing. What is left is empty (all values equal) if there is no such range.
     """
     column = explored.artist.space.columns_of(feature)[0]
     train = np.flatnonzero((explored.cells["split"] == TRAIN).to_numpy())
@@ -53,7 +59,12 @@ def observed_range(
     center, scale = explored.artist.model.scaling.center_and_scale(explored.plates(rows))
     own = center[:, column] + scale[:, column] * explored.scaled[rows, column]
     low, high = np.percentile(own, percentiles)
-    return np.linspace(low, high, steps)
+    if explored.artist.space.period_of(feature) is None:
+        scaling = explored.artist.model.scaling
+        center, scale = (x[:, column] for x in scaling.center_and_scale(sorted(set(plates))))
+        low = max(low, float((center - scaling.clip * scale).max()))
+        high = min(high, float((center + scaling.clip * scale).min()))
+    return np.linspace(low, max(low, high), steps)
 
 
 @dataclass(frozen=True)
@@ -198,7 +209,9 @@ def respond(config: Config, explored: ExploredCells, settings: Responses) -> pd.
     knobs = [
         Knob(feature, mode, requested)
         for feature in features
-        for requested in [observed_range(explored, feature, settings.percentiles, settings.steps)]
+        for requested in [
+            observed_range(explored, feature, settings.percentiles, settings.steps, base.plates)
+        ]
         for mode in settings.modes
         if requested[0] < requested[-1]
     ]

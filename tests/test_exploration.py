@@ -1,6 +1,7 @@
 """Explorations of a simulated screen by a draughtsman whose pictures are known to obey."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -22,7 +23,13 @@ from cp2image.data.splits import fit_splits
 from cp2image.errors import ColumnError, ConfigError, EvaluationError
 from cp2image.exploration import explore
 from cp2image.exploration_cells import gather
-from cp2image.exploration_responses import Base, knob_table, measure_drawn, respond
+from cp2image.exploration_responses import (
+    Base,
+    knob_table,
+    measure_drawn,
+    observed_range,
+    respond,
+)
 from cp2image.measuring import measure_dataset
 from cp2image.models.cp2image import Discriminator, Generator
 from cp2image.models.stochastic import StochasticGenerator
@@ -255,6 +262,23 @@ def test_the_same_command_draws_the_same_and_a_table_without_patches_is_enough(f
     assert (first["patch"] == second["patch"]).all()
     shared = [name for name in first if name in second and name != "patch"]
     pd.testing.assert_frame_equal(first[shared], second[shared], check_dtype=False)
+
+
+def test_no_value_is_asked_for_that_the_model_cannot_see(folder):
+    config = config_of(folder, folder / "x")
+    model = load_model(config.explore.checkpoint)
+    scaling = model.scaling
+    row = model.features.index(AREA)
+    wide = gather(config, model)
+    plates = list(scaling.plates)
+    asked = observed_range(wide, AREA, (0, 100), 5, plates)
+    narrow = replace(scaling, scale=np.minimum(scaling.scale, 0.05 * scaling.scale[0, row]))
+    model.scaling = narrow
+    fewer = observed_range(wide, AREA, (0, 100), 5, plates)
+    limits = narrow.center[0, row] + 5 * narrow.scale[0, row] * np.array([-1, 1])
+    assert asked[0] < limits[0]
+    assert asked[-1] > limits[1]
+    assert limits[0] - 1e-9 <= fewer[0] < fewer[-1] <= limits[1] + 1e-9
 
 
 def test_draws_of_the_model_with_noise_differ_and_are_averaged(folder):
