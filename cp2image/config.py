@@ -11,42 +11,14 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, model_validator
 
 from cp2image.columns import CATEGORIES, nearest
+from cp2image.config_explore import Explore
+from cp2image.config_section import Amount, Count, Name, NotNegative, Positive, Section, Share
 from cp2image.errors import ConfigError
 from cp2image.storage import filesystem, join
 from cp2image.yaml_dialect import dump_yaml
-
-
-def _refuse_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("expected a number")
-    return value
-
-
-Count = Annotated[int, Field(ge=0), BeforeValidator(_refuse_bool)]
-Positive = Annotated[int, Field(gt=0), BeforeValidator(_refuse_bool)]
-Amount = Annotated[float, Field(gt=0), BeforeValidator(_refuse_bool)]
-NotNegative = Annotated[float, Field(ge=0), BeforeValidator(_refuse_bool)]
-Share = Annotated[float, Field(ge=0, le=1), BeforeValidator(_refuse_bool)]
-Name = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
-
-
-class Section(BaseModel):
-    """A part of the config that refuses unknown keys and is never changed after reading."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True
-    )
 
 
 class Run(Section):
@@ -420,6 +392,7 @@ class Config(Section):
     generate: Generate = Generate()
     evaluate: Evaluate = Evaluate()
     compare: Compare = Compare()
+    explore: Explore = Explore()
     benchmark: Benchmark = Benchmark()
     tracking: Tracking = Tracking()
 
@@ -451,6 +424,11 @@ class Config(Section):
                 "checkpoint": join(folder, "checkpoint"),
             },
             "compare": {"output": join(folder, "comparison")},
+            "explore": {
+                "input": cells,
+                "checkpoint": join(folder, "checkpoint"),
+                "output": join(folder, "exploration"),
+            },
             "benchmark": {"output": join(folder, "benchmark")},
         }
         data = self.model_dump()
@@ -526,6 +504,7 @@ _PATHS = {
     "generate": ["input", "checkpoint", "output"],
     "evaluate": ["real", "generated", "output", "checkpoint", "inception_weights"],
     "compare": ["output"],
+    "explore": ["input", "checkpoint", "output"],
     "benchmark": ["output"],
 }
 

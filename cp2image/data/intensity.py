@@ -80,6 +80,28 @@ class Intensity:
         limited: NDArray[np.float32] = np.clip(scaled, 0.0, 1.0)
         return limited
 
+    def restore(self, patches: NDArray[np.uint8], plates: Sequence[str]) -> NDArray[np.float32]:
+        """Return normalised 8-bit patches at the acquisition scale, shares of its full scale.
+
+        ``per_patch_max`` forgets that scale: its patches come back as they are, in [0, 1]. What
+        normalisation clipped stays clipped.
+
+        Parameters
+        ----------
+        patches
+            Shape (N, C, H, W).
+        plates
+            N names.
+        """
+        shares = patches.astype(np.float32) / np.float32(255)
+        if self.kind == "per_patch_max":
+            return shares
+        known = {plate: row for row, plate in enumerate(self.plates)}
+        rows = np.array([known.get(plate, len(self.plates)) for plate in plates], dtype=int)
+        low, high = (part[rows, :, None, None].astype(np.float32) for part in (self.low, self.high))
+        restored = np.clip(low + shares * (high - low), 0.0, 1.0)
+        return restored.astype(np.float32, copy=False)
+
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-able form."""
         limits = {"low": self.low.tolist(), "high": self.high.tolist()}

@@ -194,6 +194,16 @@ class Scaling:
                 _scale(block, start, first, rows, self.center, self.scale, self.clip, scaled)
         return scaled
 
+    def center_and_scale(
+        self, plates: Sequence[str]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return the centre and scale of each plate's features, (N, p) each.
+
+        A value in a feature's own units is centre + scale · scaled value.
+        """
+        rows = self._rows(plates)
+        return self.center[rows], self.scale[rows]
+
     def with_plate(self, plate: str, controls: Values) -> "Scaling":
         """Add a plate that was not in training, from its own controls.
 

@@ -172,7 +172,7 @@ def figure_rows(
         images = np.full((len(rows) * columns, height, width, 3), 255, dtype=np.uint8)
         for row, image in enumerate(coloured.values()):
             images[row * columns : row * columns + count] = image[part]
-        _bare(axes).imshow(tile(images, columns), interpolation="nearest")
+        strip(axes).imshow(tile(images, columns), interpolation="nearest")
         centres = [row * (height + _GAP) + height / 2 for row in range(len(rows))]
         axes.set_yticks(centres, list(rows), fontsize=TEXT, color=INK)
         for index in range(count if titles else 0):
@@ -180,7 +180,7 @@ def figure_rows(
             text = titles[part.start + index] if titles else ""
             axes.text(x, -4, text, ha="center", va="bottom", fontsize=SMALL - 1, color=INK)
         if pixel_size is not None and block == 0:
-            _scale_bar(axes, pixel_size, width, height)
+            draw_scale_bar(axes, pixel_size, width, height)
     legend(figure, dict(zip(channels, stain_colours(channels), strict=True)))
     return figure
 
@@ -219,11 +219,11 @@ def montage(
     sheet = tile(images, columns)
     inch = 0.7 * columns / sheet.shape[1]
     figure = blank(sheet.shape[1] * inch + 0.2, sheet.shape[0] * inch + (0.75 if title else 0.45))
-    axes = _bare(figure.subplots())
+    axes = strip(figure.subplots())
     axes.imshow(sheet, interpolation="nearest")
     axes.set_title(title, fontsize=TEXT, color=INK, loc="left")
     if pixel_size is not None:
-        _scale_bar(axes, pixel_size, images.shape[2], images.shape[1])
+        draw_scale_bar(axes, pixel_size, images.shape[2], images.shape[1])
     legend(figure, dict(zip(channels, stain_colours(channels), strict=True)))
     return figure
 
@@ -237,7 +237,8 @@ def _unit(patches: ArrayLike) -> NDArray[np.float32]:
     return np.nan_to_num(x.astype(np.float32), nan=0.0, posinf=1.0, neginf=0.0)
 
 
-def _bare(axes: Any) -> Any:
+def strip(axes: Any) -> Any:
+    """Take ticks and frame off axes that show pictures; return them."""
     axes.set_xticks([])
     axes.set_yticks([])
     axes.tick_params(length=0)
@@ -246,7 +247,7 @@ def _bare(axes: Any) -> Any:
     return axes
 
 
-def _scale_bar(axes: Any, pixel_size: float, width: int, height: int) -> None:
+def draw_scale_bar(axes: Any, pixel_size: float, width: int, height: int) -> None:
     """Draw a bar of a round length, at most half a patch, into the first patch."""
     longest = width * pixel_size / 2
     decade = 10 ** np.floor(np.log10(longest))

@@ -133,3 +133,17 @@ def test_unknown_kind_is_refused():
     entry = {**Intensity().to_json(), "kind": "per_mood"}
     with pytest.raises(CheckpointError, match="'per_mood' is not one of per_patch_max"):
         Intensity.from_json(entry)
+
+
+def test_restored_patches_are_back_at_the_acquisition_scale_within_a_level():
+    patches = np.random.default_rng(0).integers(100, 4000, (3, 2, 6, 6)).astype(np.uint16)
+    fitted = Intensity(
+        "plate_percentile", ("P1",), np.array([[0.0, 0], [0.001, 0.0]]), np.full((2, 2), 0.07)
+    )
+    plates = ["P1", "other", "P1"]
+    seen = np.rint(fitted.apply(patches, plates, 65535) * 255).astype(np.uint8)
+    restored = fitted.restore(seen, plates)
+    assert restored.dtype == np.float32
+    np.testing.assert_allclose(restored, patches / 65535, atol=0.07 / 255)
+    lost = Intensity().restore(seen, plates)
+    np.testing.assert_allclose(lost, seen / 255, atol=1e-6)

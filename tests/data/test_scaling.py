@@ -284,3 +284,14 @@ def test_table_without_compounds_has_no_controls_but_a_misspelt_column_is_refuse
     assert not is_control(cells, {"Metadata_Compound": "DMSO"}).any()
     with pytest.raises(ColumnError, match=r"'Metadata_Wel'.*'Metadata_Well'"):
         is_control(cells, {"Metadata_Wel": "A01"})
+
+
+def test_centre_and_scale_lead_from_scaled_values_back_to_the_features_own_units():
+    scaling = Scaling(
+        ("a", "b"), ("P1",), np.array([[1.0, 2], [3, 4]]), np.array([[2.0, 5], [1, 10]]), 5.0
+    )
+    values = np.array([[2.0, 7], [3.5, -6], [1, 2]])
+    plates = ["P1", "unknown", "P1"]
+    center, scale = scaling.center_and_scale(plates)
+    back = center + scale * scaling.apply(values, plates)
+    np.testing.assert_allclose(back, values, atol=1e-5)

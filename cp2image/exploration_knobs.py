@@ -1,0 +1,139 @@
+"""Features turned like knobs: some with figures, all as a table. Floor: below the step."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from cp2image.config import Config
+from cp2image.exploration_album import Album, file_name, join_parts
+from cp2image.exploration_cells import ExploredCells, match_features
+from cp2image.exploration_responses import (
+    Base,
+    Knob,
+    Measured,
+    knob_table,
+    manipulate,
+    measure_drawn,
+    observed_range,
+    respond,
+    response_rows,
+)
+from cp2image.figures.explorations import manipulation_figure
+from cp2image.figures.sheets import FAR, ODD
+from cp2image.metrics.phenotypes.response import Response
+
+
+def turn_some(config: Config, explored: ExploredCells, album: Album) -> dict[str, Any]:
+    """Set one feature after another over its range; draw, measure, tabulate.
+
+    Returns
+    -------
+    dict
+        For the report.
+
+    Raises
+    ------
+    EvaluationError, ColumnError
+        If what is asked for is not among the cells.
+    """
+    settings, artist = config.explore.manipulate, explored.artist
+    key = "explore.manipulate.features"
+    features = match_features(settings.features, artist.model.features, key)
+    rows = explored.sample(settings.cells, settings.split, settings.treatments)
+    base = Base.of(explored, rows)
+    shown = min(settings.shown, len(rows))
+    found: dict[str, Any] = {}
+    tables = []
+    for feature in features:
+        requested = observed_range(
+            explored, feature, settings.percentiles, settings.steps, base.plates
+        )
+        if not requested[0] < requested[-1]:
+            album.notes.append(f"{feature} has no range to be set over on the cells' plates")
+            continue
+        images: dict[str, Any] = {}
+        marks: dict[str, Any] = {}
+        responses: dict[str, Response] = {}
+        parts: list[tuple[Any, ...]] = []
+        found[feature] = {}
+        for mode in settings.modes:
+            turned = manipulate(artist, base, feature, requested, mode)
+            measured, first = measure_drawn(artist, base, feature, turned.scaled, settings.draws)
+            far, odd = turned.relative, turned.contradicts
+            one = Measured(Knob(feature, mode, requested), measured, far, odd)
+            response, table = response_rows(artist, one)
+            tables.append(table)
+            images[mode] = first[:shown]
+            marks[mode] = np.where(far > 1, FAR, np.where(odd > 1, ODD, 0))[:shown]
+            responses[mode] = response
+            about = pd.DataFrame(
+                {
+                    "Metadata_Feature": feature,
+                    "Metadata_Mode": mode,
+                    "Metadata_Step": np.tile(np.arange(len(requested)), len(rows)),
+                    "Metadata_Requested": np.tile(requested, len(rows)),
+                    "Metadata_Measured": measured.ravel(),
+                    "Metadata_Contradiction": odd.ravel(),
+                }
+            )
+            flat = turned.scaled.reshape(-1, turned.scaled.shape[-1])
+            patches = first.reshape(-1, *first.shape[2:])
+            parts.append((np.repeat(rows, len(requested)), about, flat, far.ravel(), patches))
+            found[feature][mode] = {
+                "spearman": response.spearman,
+                "spearman_of_means": response.spearman_of_means,
+                "slope": response.slope,
+                "rises": response.rises,
+                "outside": float((far > 1).mean()),
+                "contradictory": float((odd > 1).mean()),
+                "cells": len(rows),
+                "draws": artist.draws(settings.draws),
+            }
+        draws = artist.draws(settings.draws)
+        averaged = f", {draws} draws of each averaged" if draws > 1 else ""
+        figure = manipulation_figure(
+            feature,
+            images,
+            marks,
+            responses,
+            explored.look,
+            same_scale=artist.same_scale(feature),
+            note=f"mean and standard deviation over {len(rows)} cells{averaged}",
+        )
+        joined = [join_parts([part[i] for part in parts]) for i in range(5)]
+        album.add(f"manipulate/{file_name(feature)}", figure, *joined)
+    if tables:
+        album.table("manipulate/responses", pd.concat(tables, ignore_index=True))
+    return found
+
+
+def turn_all(config: Config, explored: ExploredCells, album: Album) -> dict[str, Any]:
+    """Turn every knob and say which ones work.
+
+    Returns
+    -------
+    dict
+        For the report.
+
+    Raises
+    ------
+    EvaluationError, ColumnError
+        If what is asked for is not among the cells.
+    """
+    steps = respond(config, explored, config.explore.responses)
+    album.table("responses/steps", steps)
+    album.table("responses/knobs", knob_table(steps))
+    found = {}
+    for mode in config.explore.responses.modes if len(steps) else []:
+        knobs = steps[steps["mode"] == mode].drop_duplicates("feature")
+        found[str(mode)] = {
+            "features": len(knobs),
+            "rising": int(knobs["rises"].sum()),
+            "above_0.9": int((knobs["spearman"] >= 0.9).sum()),
+            "above_0.5": int((knobs["spearman"] >= 0.5).sum()),
+            "median_spearman": float(knobs["spearman"].median()),
+            "outside": float(steps.loc[steps["mode"] == mode, "outside"].mean()),
+            "cells": config.explore.responses.cells,
+        }
+    return found
