@@ -11,42 +11,14 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, model_validator
 
 from cp2image.columns import CATEGORIES, nearest
+from cp2image.config_section import Amount, Count, Name, NotNegative, Positive, Section, Share
+from cp2image.config_tune import Score, Tune
 from cp2image.errors import ConfigError
 from cp2image.storage import filesystem, join
 from cp2image.yaml_dialect import dump_yaml
-
-
-def _refuse_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("expected a number")
-    return value
-
-
-Count = Annotated[int, Field(ge=0), BeforeValidator(_refuse_bool)]
-Positive = Annotated[int, Field(gt=0), BeforeValidator(_refuse_bool)]
-Amount = Annotated[float, Field(gt=0), BeforeValidator(_refuse_bool)]
-NotNegative = Annotated[float, Field(ge=0), BeforeValidator(_refuse_bool)]
-Share = Annotated[float, Field(ge=0, le=1), BeforeValidator(_refuse_bool)]
-Name = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
-
-
-class Section(BaseModel):
-    """A part of the config that refuses unknown keys and is never changed after reading."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True
-    )
 
 
 class Run(Section):
@@ -188,6 +160,8 @@ class Split(Section):
     validation_plates: list[str] = []
     test_plates: list[str] = []
     """Plates named here are held out whole; the shares then apply to the others."""
+    seed: Count | None = None
+    """None: the run's. Set it to train with several seeds on the same split."""
 
 
 class Scaling(Section):
@@ -420,6 +394,8 @@ class Config(Section):
     generate: Generate = Generate()
     evaluate: Evaluate = Evaluate()
     compare: Compare = Compare()
+    score: Score = Score()
+    tune: Tune = Tune()
     benchmark: Benchmark = Benchmark()
     tracking: Tracking = Tracking()
 
@@ -451,6 +427,7 @@ class Config(Section):
                 "checkpoint": join(folder, "checkpoint"),
             },
             "compare": {"output": join(folder, "comparison")},
+            "tune": {"output": join(folder, "tuning")},
             "benchmark": {"output": join(folder, "benchmark")},
         }
         data = self.model_dump()
@@ -510,6 +487,8 @@ class Config(Section):
                 raise ConfigError(f"no section {section!r} in a config{nearest(section, known)}")
             for place in ("input", "output", "checkpoint"):
                 chosen[section].pop(place, None)
+            if section == "split" and chosen[section]["seed"] is None:
+                del chosen[section]["seed"]
             if isinstance(chosen[section].get("plates"), list):
                 del chosen[section]["plates"]
         text = json.dumps([chosen, sorted(inputs)], sort_keys=True)
@@ -526,6 +505,7 @@ _PATHS = {
     "generate": ["input", "checkpoint", "output"],
     "evaluate": ["real", "generated", "output", "checkpoint", "inception_weights"],
     "compare": ["output"],
+    "tune": ["output"],
     "benchmark": ["output"],
 }
 
