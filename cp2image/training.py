@@ -4,7 +4,7 @@ import json
 import threading
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
@@ -92,6 +92,8 @@ class Place:
         Told of each report, see `ray.train.UserCallback`.
     tags
         Of its MLflow run; a run that has them all is gone on with.
+    quiet
+        Whether its progress is not shown: one process less.
     start_from
         Checkpoint folder whose newest state a run begins with that has none of its own; empty: it
         begins with new weights.
@@ -100,6 +102,7 @@ class Place:
     share: float = 1.0
     callbacks: Sequence[UserCallback] = ()
     tags: dict[str, str] = field(default_factory=dict)
+    quiet: bool = False
     start_from: str = ""
 
 
@@ -148,7 +151,7 @@ def train(config: Config, place: Place = _ALONE) -> TrainingResult:
     with record(config, "train", state.get("run_id", ""), place.tags) as recorder:
         if preparation is not None:
             _describe(dataset, preparation)
-            with _board() as board:
+            with nullcontext() if place.quiet else _board() as board:
                 shape = dataset.patch_format
                 plan = TrainingPlan(config, preparation, shape, recorder, mark, board)
                 _fit(plan, dataset, place)

@@ -13,7 +13,8 @@ from cp2image.config_tune import Range
 from cp2image.tuning_space import Values, is_whole
 from cp2image.tuning_table import Trial
 
-_ZERO = " is 0"
+_ZERO = 0.25
+"""Length, in lengths of a range, of the piece below it that stands for exactly 0."""
 
 
 class Proposals:
@@ -21,8 +22,9 @@ class Proposals:
 
     With ``search: optuna`` it is TPE (Bergstra et al., NeurIPS 2011; multivariate), which learns
     from complete trials and, by the step they reached, from those stopped early; a trial that
-    diverged counts as the worst. With ``random`` it draws from the space. That a number is
-    exactly 0 is a choice of its own, made before its size.
+    diverged counts as the worst. With ``random`` it draws from the space. The sampler sees each
+    range as a line from 0 to 1; where exactly 0 is allowed, a fifth of the line lies below the
+    range and stands for it, next to the smallest numbers: as the loss sees it too.
 
     Parameters
     ----------
@@ -42,7 +44,10 @@ class Proposals:
         settings = config.tune
         self._space = settings.space
         self._whole = {key: is_whole(config, key, one) for key, one in self._space.items()}
-        self._distributions = _distributions(self._space, self._whole)
+        self._distributions = {
+            key: optuna.distributions.FloatDistribution(-_ZERO if one.zero else 0.0, 1.0)
+            for key, one in self._space.items()
+        }
         seed = int(np.random.SeedSequence([config.run.seed, drawn]).generate_state(1)[0])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -52,7 +57,6 @@ class Proposals:
                     seed=seed,
                     n_startup_trials=settings.startup,
                     multivariate=True,
-                    group=True,
                     constant_liar=True,
                 )
         self._study = optuna.create_study(sampler=sampler)
@@ -65,9 +69,12 @@ class Proposals:
         """Return the next trial's numbers; the sampler knows from then on that it is running."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            asked = self._study.ask()
+            asked = self._study.ask(self._distributions)
             self._asked[number] = asked
-            return {key: self._suggest(asked, key) for key in self._space}
+            return {
+                key: _value(one, asked.params[key], self._whole[key])
+                for key, one in self._space.items()
+            }
 
     def tell(self, trial: Trial) -> None:
         """Learn from a trial that is over, whether or not it was proposed here."""
@@ -87,60 +94,21 @@ class Proposals:
         failed = trial.status == "failed"
         self._study.tell(asked, state=TrialState.FAIL if failed else TrialState.PRUNED)
 
-    def _suggest(self, asked: Any, key: str) -> float:
-        one = self._space[key]
-        if one.zero and asked.suggest_categorical(key + _ZERO, [False, True]):
-            return 0.0
-        if self._whole[key]:
-            return int(asked.suggest_int(key, math.ceil(one.low), int(one.high), log=one.log))
-        return float(asked.suggest_float(key, one.low, one.high, log=one.log))
-
     def _frozen(self, trial: Trial) -> Any:
         from optuna.trial import TrialState, create_trial
 
         states = {"complete": TrialState.COMPLETE, "failed": TrialState.FAIL}
         state = states.get(trial.status, TrialState.PRUNED)
         stopped = trial.status == "stopped"
-        params: dict[str, Any] = {}
-        for key, value in trial.values.items():
-            if self._space[key].zero:
-                params[key + _ZERO] = value == 0
-            if not (self._space[key].zero and value == 0):
-                params[key] = value
         return create_trial(
             state=state,
             value=trial.score if state == TrialState.COMPLETE else None,
-            params=params,
-            distributions={name: self._wide(name, value) for name, value in params.items()},
+            params={key: _place(self._space[key], value) for key, value in trial.values.items()},
+            distributions=self._distributions,
             intermediate_values=(
                 {int(one["step"]): one["score"] for one in trial.history} if stopped else {}
             ),
         )
-
-    def _wide(self, name: str, value: Any) -> Any:
-        """Return a parameter's distribution, widened to hold a reference from outside."""
-        import optuna.distributions as d
-
-        one = self._distributions[name]
-        if isinstance(one, d.CategoricalDistribution) or one.low <= value <= one.high:
-            return one
-        kind = type(one)
-        low, high = min(one.low, value), max(one.high, value)
-        return one if one.log and low <= 0 else kind(low, high, log=one.log)
-
-
-def _distributions(space: Mapping[str, Range], whole: Mapping[str, bool]) -> dict[str, Any]:
-    import optuna.distributions as d
-
-    found: dict[str, Any] = {}
-    for key, one in space.items():
-        if one.zero:
-            found[key + _ZERO] = d.CategoricalDistribution([False, True])
-        if whole[key]:
-            found[key] = d.IntDistribution(math.ceil(one.low), int(one.high), log=one.log)
-        else:
-            found[key] = d.FloatDistribution(one.low, one.high, log=one.log)
-    return found
 
 
 @dataclass(frozen=True)
@@ -191,18 +159,33 @@ def next_generation(
 
 
 def _explore(value: float, one: Range, whole: bool, rng: np.random.Generator) -> float:
-    turn, up = rng.random() < 0.1, rng.random() < 0.5
-    anywhere = float(rng.uniform())
-    if one.zero and (value == 0 or turn):
-        if value != 0 or not turn:
-            return 0.0
-        return _between(one, anywhere, whole)
+    turn, up, anywhere = rng.random() < 0.1, rng.random() < 0.5, float(rng.random())
+    if one.zero and (value == 0) != turn:
+        return 0.0
+    if value == 0:
+        return _value(one, anywhere, whole)
     changed = min(max(value * (1.25 if up else 0.8), one.low), one.high)
     return round(changed) if whole else changed
 
 
-def _between(one: Range, share: float, whole: bool) -> float:
+def _value(one: Range, place: float, whole: bool) -> float:
+    """Return the number at a place of a range, 0 to 1; 0 below it."""
+    if place < 0:
+        return 0 if whole else 0.0
     low, high = (math.log(one.low), math.log(one.high)) if one.log else (one.low, one.high)
-    value = low + share * (high - low)
-    value = math.exp(value) if one.log else value
+    value = low + place * (high - low)
+    value = min(max(math.exp(value) if one.log else value, one.low), one.high)
     return round(value) if whole else value
+
+
+def _place(one: Range, value: float) -> float:
+    """Return where in a range a number stands; one from outside stands at its nearest end."""
+    if one.zero and value == 0:
+        return -_ZERO / 2
+    value = min(max(value, one.low), one.high)
+    low, high, at = (
+        (math.log(one.low), math.log(one.high), math.log(value))
+        if one.log
+        else (one.low, one.high, value)
+    )
+    return min(max((at - low) / (high - low), 0.0), 1.0)

@@ -130,7 +130,11 @@ def run_trial(settings: Mapping[str, Any]) -> None:
     quieten()
     config = Config.model_validate_json(settings["config"])
     place = Place(
-        settings["share"], [_Report(config)], json.loads(settings["tags"]), settings["start_from"]
+        share=settings["share"],
+        callbacks=[_Report(config)],
+        tags=json.loads(settings["tags"]),
+        quiet=True,
+        start_from=settings["start_from"],
     )
     try:
         result = train(config, place)
