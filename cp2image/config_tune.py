@@ -93,8 +93,9 @@ class Tune(Section):
     """Name → values to compare with, as γ = 1; tried first, and among the finalists."""
     finalists: Count = 2
     """Best trials that are trained with every seed, beside the references; 0: none of either."""
-    seeds: Annotated[list[Count], Field(min_length=1), AfterValidator(_unique)] = [0, 1, 2]
-    """Of the finalists. The split stays the search's own."""
+    seeds: Annotated[list[Count], Field(min_length=1), AfterValidator(_unique)] = [1, 2, 3]
+    """Of the finalists and references. ``run.seed`` is better not among them: a finalist was chosen
+    for its score with that one, which flatters it. The split stays the search's own."""
     retries: Count = 2
     """Further attempts at a trial that failed without having diverged."""
     alias: Name = "best"

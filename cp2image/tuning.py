@@ -1,7 +1,6 @@
 """Search for the numbers of a training run: trials, finalists, best.yaml. Above the steps."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 
@@ -12,12 +11,19 @@ from cp2image.cluster import join_cluster
 from cp2image.config import Config
 from cp2image.dataset import CellDataset, open_dataset
 from cp2image.errors import ConfigError, TuningError
-from cp2image.figures.canvas import save
-from cp2image.figures.search import numbers_against_objective, parallel_coordinates
 from cp2image.profiles import measured_features
 from cp2image.storage import delete_tree, join, read_bytes, write_bytes
 from cp2image.tracking import Recorder, close_children, record, register_model, tracking_uri
 from cp2image.training import fingerprint
+from cp2image.tuning_finding import (
+    best_yaml,
+    compared,
+    describe,
+    draw_search,
+    finalists_of,
+    is_same,
+    tabulate_results,
+)
 from cp2image.tuning_proposals import Proposals, next_generation
 from cp2image.tuning_runs import Sweep, run_trials
 from cp2image.tuning_space import (
@@ -25,7 +31,6 @@ from cp2image.tuning_space import (
     check_search,
     is_allowed,
     is_whole,
-    with_values,
 )
 from cp2image.tuning_table import FINAL, SEARCH, Trial, TrialTable, read_json, to_frame
 
@@ -219,48 +224,13 @@ def _finals(sweep: Sweep, recorder: Recorder) -> None:
     if not settings.finalists:
         return
     planned = [trial for trial in table.trials if trial.kind == FINAL]
-    for name, values in _finalists(sweep):
+    for name, values in finalists_of(sweep):
         for seed in settings.seeds:
-            if not any(_is_same(trial, values, seed, steps) for trial in table.trials):
+            if not any(is_same(trial, values, seed, steps) for trial in table.trials):
                 trial = Trial(table.next_number(), values, seed, steps, FINAL, name)
                 table.put(trial)
                 planned.append(trial)
     _run_all(sweep, recorder, planned)
-
-
-def _finalists(sweep: Sweep) -> Iterator[tuple[str, Values]]:
-    """Yield name and numbers of what competes in the end."""
-    settings = sweep.config.tune
-    found: list[Values] = list(settings.references.values())
-    yield from settings.references.items()
-    chosen = 0
-    for trial in _ranked(sweep):
-        if chosen == settings.finalists:
-            return
-        if trial.values not in found:
-            found.append(trial.values)
-            chosen += 1
-            yield f"trial-{trial.number}", trial.values
-
-
-def _ranked(sweep: Sweep) -> list[Trial]:
-    """Return the complete trials of the search, best first, allowed ones before others."""
-    complete = [
-        trial
-        for trial in sweep.table.trials
-        if trial.kind == SEARCH
-        and trial.status == "complete"
-        and trial.step >= sweep.config.train.steps
-        and trial.score is not None
-    ]
-    return sorted(complete, key=lambda trial: (trial.score or 0.0, trial.number))
-
-
-def _is_same(trial: Trial, values: Values, seed: int, steps: int) -> bool:
-    """Tell whether a trial is a whole training run from new weights with these numbers and seed."""
-    own = trial.parent is None and trial.steps == steps and trial.seed == seed
-    over_early = trial.kind == SEARCH and trial.status != "complete"
-    return own and trial.values == values and not over_early
 
 
 def _note(trial: Trial, recorder: Recorder) -> None:
@@ -279,114 +249,24 @@ def _announce(sweep: Sweep, known: list[Trial]) -> None:
 def _publish(sweep: Sweep, recorder: Recorder) -> Tuning:
     config = sweep.config
     out = join(config.tune.output, "result")
-    results = _results(sweep)
+    results = tabulate_results(sweep)
     winner = results.iloc[0]
-    best = dict(_compared(sweep))[winner["name"]]
-    text = _text(sweep, results)
+    best = dict(compared(sweep))[winner["name"]]
+    text = describe(sweep, results)
     model = _register(sweep, recorder, best)
     text += f"\nRegistered as {model}." if model else ""
     files = {
         "trials.csv": to_frame(sweep.table.trials).to_csv(index=False),
         "finalists.csv": results.to_csv(index=False),
         "finding.md": text + "\n",
-        "best.yaml": _best_yaml(sweep, best, text),
+        "best.yaml": best_yaml(sweep, best, text),
     }
     for name, content in files.items():
         write_bytes(join(out, name), content.encode())
-    _draw(sweep, results, out)
+    draw_search(sweep, results, out)
     recorder.folder(out, "search")
     recorder.metrics({"best_score": float(winner["mean"])})
     return Tuning(config.tune.output, best, results, text)
-
-
-def _compared(sweep: Sweep) -> list[tuple[str, Values]]:
-    """Return what is compared in the end: the finalists, or all of the search without them."""
-    if sweep.config.tune.finalists:
-        return list(_finalists(sweep))
-    return [(f"trial-{trial.number}", trial.values) for trial in _ranked(sweep)]
-
-
-def _results(sweep: Sweep) -> pd.DataFrame:
-    """Tabulate what is compared, best first: mean, spread and seeds of the score, and metrics."""
-    steps, seeds = sweep.config.train.steps, sweep.config.tune.seeds
-    wanted = seeds if sweep.config.tune.finalists else [sweep.config.run.seed]
-    rows = []
-    for name, values in _compared(sweep):
-        own = [
-            trial
-            for seed in wanted
-            for trial in sweep.table.trials
-            if _is_same(trial, values, seed, steps) and trial.status == "complete"
-        ]
-        scores = np.array([trial.score for trial in own], dtype=np.float64)
-        if not len(scores):
-            continue
-        sd = float(scores.std(ddof=1)) if len(scores) > 1 else float("nan")
-        names = [n for n in own[0].history[-1] if n.startswith("validation/")]
-        means = {n: float(np.mean([trial.history[-1][n] for trial in own])) for n in names}
-        about = {"name": name, "mean": float(scores.mean()), "sd": sd, "seeds": len(scores)}
-        rows.append({**about, "lost": len(wanted) - len(scores), **values, **means})
-    if not rows:
-        reasons = {trial.reason.splitlines()[-1] for trial in sweep.table.trials if trial.reason}
-        raise TuningError(
-            f"none of {len(sweep.table.trials)} trials was completed"
-            + (f": {'; '.join(sorted(reasons))[:1000]}" if reasons else "")
-        )
-    table = pd.DataFrame(rows)
-    return table.sort_values(["lost", "mean"], kind="stable", ignore_index=True)
-
-
-def _text(sweep: Sweep, results: pd.DataFrame) -> str:
-    settings = sweep.config.tune
-    trials = [trial for trial in sweep.table.trials if trial.kind == SEARCH]
-    counts = pd.Series([trial.status for trial in trials]).value_counts()
-    floors = ", ".join(f"{name} ≥ {least:g}" for name, least in settings.objective.floors.items())
-    sign = -1 if settings.objective.goal == "max" else 1
-    lines = [
-        f"{settings.objective.metric} ({settings.objective.goal}; {floors or 'no floor'}) on the "
-        f"validation split by {sweep.config.split.by}, {sweep.config.train.steps:,} steps; "
-        f"{len(trials)} trials ({', '.join(f'{n} {name}' for name, n in counts.items())})",
-        "",
-        "| | mean | sd | seeds |",
-        "| --- | ---: | ---: | ---: |",
-    ]
-    for _, row in results.head(12).iterrows():
-        if is_allowed(row["mean"]):
-            lines.append(
-                f"| {row['name']} | {sign * row['mean']:.4g} | {row['sd']:.2g} | {row['seeds']} |"
-            )
-        else:
-            lines.append(f"| {row['name']} | below a floor | — | {row['seeds']} |")
-    lines += ["", _verdict(sweep, results)]
-    return "\n".join(lines)
-
-
-def _verdict(sweep: Sweep, results: pd.DataFrame) -> str:
-    """Say whether the search beat the references by more than the spread over seeds."""
-    winner = results.iloc[0]
-    if not is_allowed(winner["mean"]):
-        return "No settings met the floors: lower them, or train longer."
-    if winner["name"] in sweep.config.tune.references:
-        return f"The search found nothing better than the reference {winner['name']}."
-    sentences = []
-    for name in sweep.config.tune.references:
-        row = results[results["name"] == name]
-        if row.empty or not is_allowed(row["mean"].iloc[0]):
-            sentences.append(f"{winner['name']} meets the floors; the reference {name} does not.")
-            continue
-        gap, other = float(row["mean"].iloc[0] - winner["mean"]), row.iloc[0]
-        if winner["seeds"] < 2 or other["seeds"] < 2:
-            sentences.append(f"{winner['name']} is {gap:.3g} ahead of {name}, on one seed only.")
-            continue
-        error = float(
-            np.hypot(winner["sd"] / winner["seeds"] ** 0.5, other["sd"] / other["seeds"] ** 0.5)
-        )
-        clear = "more" if gap > 2 * error else "no more"
-        sentences.append(
-            f"{winner['name']} is {gap:.3g} ahead of {name}, {clear} than twice the standard "
-            f"error of the difference ({error:.2g})."
-        )
-    return " ".join(sentences) or f"Best: {winner['name']}."
 
 
 def _register(sweep: Sweep, recorder: Recorder, best: Values) -> str:
@@ -398,49 +278,9 @@ def _register(sweep: Sweep, recorder: Recorder, best: Values) -> str:
         trial
         for seed in (sweep.config.run.seed, *sweep.config.tune.seeds)
         for trial in sweep.table.trials
-        if _is_same(trial, best, seed, steps) and trial.status == "complete"
+        if is_same(trial, best, seed, steps) and trial.status == "complete"
     ]
     chosen = min(own, key=lambda trial: (trial.score, trial.number))
     place = join(sweep.table.folder(chosen.number), "checkpoint", "_resume", "recorded.json")
     run_id = json.loads(read_bytes(place))["run_id"]
     return register_model(recorder, run_id, name, sweep.config.tune.alias)
-
-
-def _draw(sweep: Sweep, results: pd.DataFrame, out: str) -> None:
-    settings = sweep.config.tune
-    frame = to_frame(trial for trial in sweep.table.trials if trial.kind == SEARCH)
-    metric = settings.objective.metric
-    allowed = frame["score"].map(lambda score: score is not None and is_allowed(score))
-    shown = frame[allowed & frame[list(settings.space)].notna().all(axis=1)]
-    shown = frame[frame[list(settings.space)].notna().all(axis=1)] if shown.empty else shown
-    keys = {key: one.log for key, one in settings.space.items()}
-    title = f"{len(shown)} of {len(frame)} trials, {sweep.config.train.steps:,} steps"
-    save(
-        parallel_coordinates(shown, keys, metric, title=title),
-        join(out, "parallel_coordinates.png"),
-    )
-    references = {
-        row["name"]: row[metric]
-        for _, row in results.iterrows()
-        if row["name"] in settings.references and metric in row
-    }
-    figure = numbers_against_objective(shown, keys, metric, references=references, title=title)
-    save(figure, join(out, "numbers_against_objective.png"))
-
-
-def _best_yaml(sweep: Sweep, best: Values, text: str) -> str:
-    """Return the winning experiment, ready for jobs/train.py."""
-    config = with_values(sweep.config, best)
-    data = config.model_dump()
-    folder = join(config.tune.output, "best")
-    own = config.split.seed
-    data["run"] |= {"name": f"{config.run.name}-best", "folder": folder}
-    data["split"]["seed"] = config.run.seed if own is None else own
-    data["train"]["output"] = join(folder, "checkpoint")
-    for section, key in (("generate", "checkpoint"), ("evaluate", "checkpoint")):
-        data[section][key] = join(folder, "checkpoint")
-    data["generate"]["output"] = data["evaluate"]["generated"] = join(folder, "screen")
-    data["evaluate"]["output"] = join(folder, "report")
-    comment = "\n".join(f"# {line}".rstrip() for line in text.splitlines())
-    head = f"# python jobs/train.py --config best.yaml\n{comment}\n"
-    return head + Config.model_validate(data).yaml()

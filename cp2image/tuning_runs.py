@@ -1,6 +1,7 @@
 """Trials as Ray Tune runs them: what each does, and how they are worked off. Above the steps."""
 
 import json
+import logging
 import math
 import os
 import time
@@ -90,7 +91,9 @@ def run_trials(
     settings = sweep.config.tune
     # Ray would take Ctrl-C and SIGTERM for itself; the job unwinds by them, see `run_job`.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
     scheduler = _asha(sweep) if stops_early else FIFOScheduler()
     scratch = join(sweep.table.uri, "_ray", uuid.uuid4().hex[:12])
     files, path = filesystem(scratch)
