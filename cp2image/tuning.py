@@ -29,6 +29,7 @@ from cp2image.tuning_runs import Sweep, run_trials
 from cp2image.tuning_space import (
     Values,
     check_search,
+    filled,
     is_allowed,
     is_whole,
 )
@@ -131,7 +132,7 @@ def _search(sweep: Sweep, recorder: Recorder) -> None:
     known = [trial for trial in table.trials if trial.kind == SEARCH]
     again = [trial for trial in known if not trial.is_over]
     first = [
-        (name, values)
+        (name, filled(sweep.config, values))
         for name, values in settings.references.items()
         if name not in {trial.name for trial in known}
     ]
@@ -154,7 +155,7 @@ def _search(sweep: Sweep, recorder: Recorder) -> None:
 
     def over(trial: Trial) -> None:
         proposals.tell(trial)
-        _note(trial, recorder)
+        _note(table, trial, recorder)
 
     run_trials(sweep, wanted, over, stops_early=settings.early_stop == "asha")
 
@@ -179,7 +180,7 @@ def _search_by_generations(sweep: Sweep, recorder: Recorder) -> None:
             if generation == 0:
                 first = list(settings.references.items())[:size]
                 values: list[tuple[str, Values, int | None]] = []
-                values += [(name, one, None) for name, one in first]
+                values += [(name, filled(config, one), None) for name, one in first]
                 values += [("", proposals.propose(i), None) for i in range(size - len(first))]
             else:
                 members = next_generation(parents, settings.space, whole, seed)
@@ -213,7 +214,7 @@ def _run_all(sweep: Sweep, recorder: Recorder, trials: list[Trial]) -> None:
         run_trials(
             sweep,
             lambda: waiting.pop(0) if waiting else None,
-            lambda trial: _note(trial, recorder),
+            lambda trial: _note(sweep.table, trial, recorder),
             stops_early=False,
         )
 
@@ -233,8 +234,18 @@ def _finals(sweep: Sweep, recorder: Recorder) -> None:
     _run_all(sweep, recorder, planned)
 
 
-def _note(trial: Trial, recorder: Recorder) -> None:
-    """Close a trial's MLflow run and put its score into the parent's."""
+def _note(table: TrialTable, trial: Trial, recorder: Recorder) -> None:
+    """Close a trial's MLflow run and put its score into the parent's.
+
+    Raises
+    ------
+    TuningError
+        If the first three trials have failed: all will, for the same reason.
+    """
+    if trial.status == "failed":
+        ended = [one for one in table.trials if one.status != "running"]
+        if len(ended) >= 3 and all(one.status == "failed" for one in ended):
+            raise TuningError(f"the first {len(ended)} trials failed: {trial.reason[-1000:]}")
     close_children(recorder, {trial.number: trial.status})
     if trial.score is not None and is_allowed(trial.score):
         recorder.metrics({"trial_score": trial.score}, trial.number)

@@ -11,15 +11,16 @@ from cp2image.figures.canvas import save
 from cp2image.figures.search import numbers_against_objective, parallel_coordinates
 from cp2image.storage import join
 from cp2image.tuning_runs import Sweep
-from cp2image.tuning_space import Values, is_allowed, with_values
+from cp2image.tuning_space import Values, filled, is_allowed, with_values
 from cp2image.tuning_table import SEARCH, Trial, to_frame
 
 
 def finalists_of(sweep: Sweep) -> Iterator[tuple[str, Values]]:
     """Yield name and numbers of what competes in the end."""
     settings = sweep.config.tune
-    found: list[Values] = list(settings.references.values())
-    yield from settings.references.items()
+    references = {n: filled(sweep.config, one) for n, one in settings.references.items()}
+    found: list[Values] = list(references.values())
+    yield from references.items()
     chosen = 0
     for trial in _ranked(sweep):
         if chosen == settings.finalists:

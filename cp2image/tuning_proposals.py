@@ -152,17 +152,17 @@ def next_generation(
             continue
         model = best[int(rng.integers(len(best)))]
         values = {
-            key: _explore(model.values[key], one, whole[key], rng) for key, one in space.items()
+            key: _explore(model.values.get(key), one, whole[key], rng) for key, one in space.items()
         }
         found.append(Member(values, model.number))
     return found
 
 
-def _explore(value: float, one: Range, whole: bool, rng: np.random.Generator) -> float:
+def _explore(value: float | None, one: Range, whole: bool, rng: np.random.Generator) -> float:
     turn, up, anywhere = rng.random() < 0.1, rng.random() < 0.5, float(rng.random())
     if one.zero and (value == 0) != turn:
         return 0.0
-    if value == 0:
+    if not value:
         return _value(one, anywhere, whole)
     changed = min(max(value * (1.25 if up else 0.8), one.low), one.high)
     return round(changed) if whole else changed

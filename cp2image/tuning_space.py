@@ -21,6 +21,15 @@ _NOT_SEARCHED = (
     "train.max_failures",
 )
 """They say how much is done or on which cells it is judged, which is the same for all trials."""
+_SCORED = {
+    "validation/frechet_cp": "cp",
+    "validation/mean_r": "cp",
+    "validation/share_above_half": "cp",
+    "validation/without_nucleus": "cp",
+    "validation/frechet_filterbank": "filterbank",
+}
+"""Metric → what `score.embeddings` must name for it."""
+_LOSSES = ("validation/L_MSE", "validation/below_mean_image")
 _SCALED_BY_GAMMA = ("train/L_generator",)
 _GAMMA = "train.gamma."
 
@@ -49,6 +58,17 @@ def with_values(config: Config, values: Mapping[str, float]) -> Config:
     except ValidationError as error:
         shown = ", ".join(f"{key}={value:g}" for key, value in values.items())
         raise ConfigError(f"with {shown}: {explain(error, Config)}") from error
+
+
+def filled(config: Config, values: Mapping[str, float]) -> Values:
+    """Return values with the config's own for the numbers of the space that they do not name."""
+    found: Values = {}
+    for key in config.tune.space:
+        node, last = _find(config.model_dump(mode="json"), key)
+        own = values.get(key, node[last])
+        if own is not None:
+            found[key] = own
+    return {**found, **values}
 
 
 def is_whole(config: Config, key: str, found: Range) -> bool:
@@ -114,9 +134,13 @@ def _check_objective(config: Config) -> None:
                 f"tune.objective: {metric} is a sum that γ scales: γ = 0 would win; choose a "
                 "metric of validation, as validation/frechet_cp"
             )
-        scored = {"frechet_cp": "cp", "mean_r": "cp", "share_above_half": "cp"}
-        scored |= {"without_nucleus": "cp", "frechet_filterbank": "filterbank"}
-        space = scored.get(metric.removeprefix("validation/"))
+        space = _SCORED.get(metric)
+        if metric not in (*_SCORED, *_LOSSES) and not metric.startswith("train/"):
+            hint = nearest(metric, [*_SCORED, *_LOSSES])
+            raise ConfigError(
+                f"tune.objective: training logs no {metric!r}{hint}; known are "
+                f"{', '.join([*_SCORED, *_LOSSES])} and train/<loss>"
+            )
         if space is not None and space not in config.score.embeddings:
             raise ConfigError(
                 f"tune.objective: {metric} is only measured with score.embeddings=[{space}]"

@@ -187,3 +187,29 @@ def test_a_search_whose_driver_is_killed_goes_on_where_it_was(tmp_path, cells):
     best = yaml.safe_load(Path(config.tune.output, "result", "best.yaml").read_text())
     assert best["train"]["input"] == cells
     assert json.loads(Path(config.tune.output, "search.json").read_text())["run_id"]
+
+
+def test_asha_is_told_what_an_earlier_run_of_the_search_saw(tmp_path, cells):
+    from types import SimpleNamespace
+
+    from cp2image.tuning_runs import Sweep, _asha
+    from cp2image.tuning_table import Trial
+
+    config = search(tmp_path, cells, reduction=2)
+    table = TrialTable(config.tune.output)
+    for number in range(4):
+        trial = Trial(number, {}, 0, 40, status="stopped")
+        table.put(trial.reported({"step": 20, "score": float(number)}))
+    for number in (4, 5):  # neither ended, nor of the search
+        trial = Trial(number, {}, 0, 40, kind=("search", "final")[number - 4])
+        table.put(trial.reported({"step": 20, "score": 100.0}))
+    scheduler = _asha(Sweep(config, table))
+
+    def decide(name, step, score):
+        trial = SimpleNamespace(trial_id=name)
+        scheduler.on_trial_add(None, trial)
+        return scheduler.on_trial_result(None, trial, {"step": step, "score": score})
+
+    assert decide("good", 20, 1.0) == "CONTINUE"
+    assert decide("weak", 20, 2.5) == "STOP"
+    assert decide("weak, but all its steps done", 40, 50.0) == "CONTINUE"

@@ -10,7 +10,7 @@ from cp2image.config import Config
 from cp2image.config_tune import Range
 from cp2image.errors import ConfigError
 from cp2image.tuning_proposals import Proposals, next_generation
-from cp2image.tuning_space import check_search, is_allowed, is_whole, score_of, with_values
+from cp2image.tuning_space import check_search, filled, is_allowed, is_whole, score_of, with_values
 from cp2image.tuning_table import Trial, TrialTable, to_frame
 
 GAMMA = {f"train.gamma.{i}": {"low": 0.01, "high": 10, "zero": True} for i in range(1, 5)}
@@ -51,6 +51,16 @@ def test_a_key_that_holds_no_number_or_not_this_one_is_refused(key, value, messa
         with_values(base, {key: value})
 
 
+def test_a_reference_has_the_configs_own_numbers_where_it_names_none():
+    space = {**GAMMA, "train.learning_rate": {"low": 1e-4, "high": 1e-2}}
+    found = filled(config(space, {"learning_rate": 0.003}), {"train.gamma.2": 0, "scaling.clip": 4})
+    assert found == {
+        "train.gamma.1": 1, "train.gamma.2": 0, "train.gamma.3": 1, "train.gamma.4": 1,
+        "train.learning_rate": 0.003, "scaling.clip": 4,
+    }  # fmt: skip
+    assert "train.learning_rate" not in filled(config(space), {})  # None: the optimiser's own
+
+
 def test_whole_numbers_are_known_from_the_config_itself():
     assert is_whole(config(), "train.gamma_ramp", Range(low=5, high=50))
     assert is_whole(config(), "train.batch_size", Range(low=4, high=104))  # None by default
@@ -69,6 +79,7 @@ def test_whole_numbers_are_known_from_the_config_itself():
         ({"objective": {"metric": "train/L_generator"}}, "γ = 0 would win"),
         ({"objective": {"floors": {"train/L_generator": 1}}}, "γ = 0 would win"),
         ({"objective": {"metric": "validation/frechet_filterbank"}}, r"embeddings=\[filterbank\]"),
+        ({"objective": {"metric": "validation/frechet"}}, "did you mean 'validation/frechet_cp'"),
         ({"train": {"minutes": 3}}, "equal steps"),
         ({"train": {"validate_every": 500}}, "at its end only"),
         ({"references": {"odd": {"train.gamma.9": 1}}}, r"references\.odd: train\.gamma\.9"),
