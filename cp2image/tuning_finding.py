@@ -151,7 +151,9 @@ def draw_search(sweep: Sweep, results: pd.DataFrame, out: str) -> None:
     keys = {key: one.log for key, one in settings.space.items()}
     title = f"{len(shown)} of {len(frame)} trials, {sweep.config.train.steps:,} steps"
     save(
-        parallel_coordinates(shown, keys, metric, title=title),
+        parallel_coordinates(
+            shown, keys, metric, lower=settings.objective.goal == "min", title=title
+        ),
         join(out, "parallel_coordinates.png"),
     )
     references = {

@@ -13,11 +13,16 @@ from numpy.typing import NDArray
 from cp2image.errors import EvaluationError
 from cp2image.figures.canvas import ACCENT, CONTRAST, INK, MUTED, SMALL, TEXT, blank, quiet
 
-_MAP = "viridis_r"
+_MAP = "viridis"
 
 
 def parallel_coordinates(
-    trials: pd.DataFrame, keys: Mapping[str, bool], objective: str, *, title: str = ""
+    trials: pd.DataFrame,
+    keys: Mapping[str, bool],
+    objective: str,
+    *,
+    lower: bool = True,
+    title: str = "",
 ) -> Figure:
     """Draw one line per trial over an axis per number and one for the objective.
 
@@ -29,7 +34,9 @@ def parallel_coordinates(
     keys
         Column of a number → whether its axis is logarithmic; 0 stands apart below such an axis.
     objective
-        Column that colours the lines.
+        Column that colours the lines: the better, the darker, and drawn on top.
+    lower
+        Whether less of it is better.
     title
         Text above.
 
@@ -48,8 +55,10 @@ def parallel_coordinates(
         [_place(axes, x, shown[name], keys.get(name, False)) for x, name in enumerate(names)], 1
     )
     values = shown[objective].to_numpy(dtype=np.float64)
-    colours = colormaps[_MAP](Normalize(values.min(), values.max())(values))
-    order = np.argsort(-values if values[-1] >= 0 else values)
+    colours = colormaps[_MAP if lower else f"{_MAP}_r"](
+        Normalize(values.min(), values.max())(values)
+    )
+    order = np.argsort(-values if lower else values)
     for row in order:
         complete = shown["status"].iloc[row] == "complete"
         axes.plot(
@@ -65,7 +74,9 @@ def parallel_coordinates(
     axes.set_yticks([])
     for side in axes.spines.values():
         side.set_visible(False)
-    figure.supxlabel("solid: complete; dashed: stopped early", fontsize=SMALL, color=MUTED)
+    figure.supxlabel(
+        "solid: complete; dashed: stopped early, as it was then", fontsize=SMALL, color=MUTED
+    )
     return figure
 
 
@@ -122,7 +133,9 @@ def numbers_against_objective(
         panel.set_visible(False)
     figure.suptitle(title, fontsize=TEXT, color=INK)
     figure.supylabel(_short(objective), fontsize=TEXT, color=INK)
-    figure.supxlabel("filled: complete; hollow: stopped early", fontsize=SMALL, color=MUTED)
+    figure.supxlabel(
+        "filled: complete; hollow: stopped early, as it was then", fontsize=SMALL, color=MUTED
+    )
     return figure
 
 
@@ -142,7 +155,7 @@ def _scale(
     values = column.to_numpy(dtype=np.float64)
     if not log or not (values > 0).any():
         ticks = np.unique(np.linspace(values.min(), values.max(), 3))
-        return values, ticks.tolist(), [f"{tick:.3g}" for tick in ticks]
+        return values, ticks.tolist(), [f"{tick:.4g}" for tick in ticks]
     positive = values[values > 0]
     low, high = np.floor(np.log10(positive.min())), np.ceil(np.log10(positive.max()))
     high = max(high, low + 1)
@@ -173,6 +186,8 @@ def _place(axes: Any, x: int, column: "pd.Series[Any]", log: bool) -> NDArray[np
             color=INK,
             ha="right",
             va="center",
+            bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.8},
+            zorder=5,
         )
     found: NDArray[np.float64] = (place - low) / width
     return found
