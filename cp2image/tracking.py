@@ -138,7 +138,7 @@ def record(
     if not config.tracking.enabled:
         yield NoRecorder()
         return
-    recorder = _open(config, step, run_id, tags or {})
+    recorder = _open(config, step, run_id, tags)
     try:
         yield recorder
     except BaseException:
@@ -158,7 +158,7 @@ class LateRecorder:
 
     def _open(self, config: Config, step: str) -> None:
         try:
-            recorder = _open(config, step, "", {})
+            recorder = _open(config, step, "")
         except BaseException as error:
             self._opening.set_exception(error)
             return
@@ -219,7 +219,9 @@ def record_beside(config: Config, step: str) -> Iterator[Recorder]:
     recorder.opened().end("FINISHED")
 
 
-def _open(config: Config, step: str, run_id: str, own: Mapping[str, str]) -> MlflowRecorder:
+def _open(
+    config: Config, step: str, run_id: str, own: Mapping[str, str] | None = None
+) -> MlflowRecorder:
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
@@ -240,7 +242,7 @@ def _open(config: Config, step: str, run_id: str, own: Mapping[str, str]) -> Mlf
             if found
             else client.create_experiment(config.tracking.experiment, artifact_location=artifacts)
         )
-        tags = {"cp2image.step": step, "mlflow.runName": f"{config.run.name}-{step}", **own}
+        tags = {"cp2image.step": step, "mlflow.runName": f"{config.run.name}-{step}", **(own or {})}
         earlier = run_id or (_tagged(client, experiment, own) if own else "")
         run = _existing(client, earlier) or client.create_run(experiment, tags=tags)
         recorder = MlflowRecorder(uri, run.info.run_id)
