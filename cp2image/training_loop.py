@@ -73,6 +73,7 @@ def run_worker(settings: dict[str, Any]) -> None:
     """Train on one worker; Ray Train calls it on every rank."""
     import ray.train
     import ray.train.torch
+    import ray.util
 
     plan: TrainingPlan = settings["plan"]
     context = ray.train.get_context()
@@ -90,7 +91,9 @@ def run_worker(settings: dict[str, Any]) -> None:
         validation_cells=plan.config.train.validation_cells,
     )
     loop = TrainingLoop(plan, train, validation, rank, world, device)
-    loop.run(ray.train.report)
+    group = ray.util.get_current_placement_group()
+    place = {"placement_group": group.id.hex() if group else ""}  # to free it, if need be
+    loop.run(lambda metrics: ray.train.report({**metrics, **place}))
 
 
 class TrainingLoop:

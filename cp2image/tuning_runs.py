@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
+import ray
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from cp2image.cluster import quieten
 from cp2image.config import Config
@@ -267,6 +269,7 @@ class _Source(Searcher):  # type: ignore[misc]
             trial = replace(trial, status="complete")
         else:
             trial = replace(trial, status="stopped")
+            _release(result or {})
         self._sweep.table.put(trial)
         score = "" if trial.score is None else f", score {_shown(trial.score)}"
         _tell(
@@ -297,6 +300,17 @@ class _Source(Searcher):  # type: ignore[misc]
         if kept["step"] > trial.step:
             _tell(trial, f"step {int(kept['step']):,}, score {_shown(kept['score'])}")
         self._sweep.table.put(trial.reported(kept))
+
+
+def _release(result: Mapping[str, Any]) -> None:
+    """Free the CPUs of a training that was stopped: Ray keeps its workers' until the job ends.
+
+    (Its own cleaner asks the state API, which fails where several Rays run on one machine.)
+    """
+    name = result.get("placement_group")
+    if name:
+        group = PlacementGroup(ray.PlacementGroupID.from_hex(name))
+        remove_placement_group(group)
 
 
 def _failure(folder: str) -> str:
