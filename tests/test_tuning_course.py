@@ -7,14 +7,25 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from cp2image import tuning
 from cp2image.config import Config
 from cp2image.config_reading import read_config
 from cp2image.errors import ConfigError, TuningError
+from cp2image.metrics.validation import ValidationScores
+from cp2image.training_loop import TrainingLoop, adopt_state, read_state
 from cp2image.tuning import tune
-from cp2image.tuning_table import TrialTable
-from tests.training_experiments import experiment, write_dataset
+from cp2image.tuning_runs import Sweep
+from cp2image.tuning_table import Trial, TrialTable
+from tests.training_experiments import (
+    assert_same_weights,
+    cells_of,
+    experiment,
+    plan_of,
+    run_loop,
+    write_dataset,
+)
 
 SPACE = {"train.gamma.1": {"low": 0.01, "high": 10, "zero": True}}
 REFERENCES = {"gamma-1": {"train.gamma.1": 1.0}, "gamma-0": {"train.gamma.1": 0.0}}
@@ -205,3 +216,59 @@ def test_another_search_in_the_same_folder_is_refused(tmp_path, cells, judged):
     tune(search(tmp_path, cells, trials=9, parallel=1, seeds=[1]))
     with pytest.raises(TuningError, match="holds a search with other settings"):
         tune(search(tmp_path, cells, objective={"metric": "train/L_MSE", "floors": {}}))
+
+
+def test_a_member_that_takes_over_a_state_trains_on_as_its_owner_would(tmp_path, cells):
+    owner = experiment(tmp_path / "owner", cells, steps=8)
+    run_loop(plan_of(owner))
+    heir = experiment(tmp_path / "heir", cells, steps=16, gamma_ramp=7)
+    mark = plan_of(heir).fingerprint
+    assert not adopt_state(str(tmp_path / "nowhere"), heir.train.output, mark)
+    assert adopt_state(owner.train.output, heir.train.output, mark)
+    about = read_state(heir.train.output)
+    assert (about["step"], about["run_id"], about["fingerprint"]) == (8, "", mark)
+    begun = TrainingLoop(plan_of(heir), *cells_of(plan_of(heir)))
+    begun._resume()
+    assert begun.step == 8
+    same = experiment(tmp_path / "same", cells, steps=16)
+    adopt_state(owner.train.output, same.train.output, plan_of(same).fingerprint)
+    run_loop(plan_of(same))
+    run_loop(plan_of(experiment(tmp_path / "owner", cells, steps=16)))
+    assert_same_weights(same, owner)
+    run_loop(plan_of(heir))
+    with pytest.raises(AssertionError):
+        assert_same_weights(heir, owner)
+
+
+def test_training_logs_and_reports_the_scores_that_are_asked_for(tmp_path, cells):
+    sections = experiment(tmp_path, cells, steps=4, validate_every=4).model_dump()
+    sections["split"] |= {"validation": 0.6, "test": 0}
+    sections["score"] = {"embeddings": ["cp"], "cells": 70, "families": ["Intensity"]}
+    config = Config.model_validate(sections)
+    plan = plan_of(config)
+    loop = TrainingLoop(plan, *cells_of(plan))
+    reports = []
+    loop.run(reports.append)
+    found = reports[-1]
+    assert {"validation/frechet_cp", "validation/mean_r", "train/L_H4", "step"} <= set(found)
+    held_out = loop._validation
+    rows = np.arange(70)
+    real = held_out.normalised(rows, torch.device("cpu")).numpy()
+    scores = ValidationScores(real, ("DNA", "Actin"), ["cp"], ["Intensity"])
+    drawn = loop.recipe.draw(held_out.scaled(rows, torch.device("cpu")), torch.from_numpy(rows))
+    again = scores.of(drawn.detach().numpy())
+    assert found["validation/frechet_cp"] == pytest.approx(again["frechet_cp"], rel=0.01)
+    assert found["validation/mean_r"] == pytest.approx(again["mean_r"], abs=0.005)
+
+
+def test_trials_with_other_seeds_are_judged_on_the_same_cells(tmp_path, cells):
+    config = search(tmp_path, cells)
+    sweep = Sweep(config, TrialTable(config.tune.output))
+    trials = [Trial(seed, {"train.gamma.1": 0.5}, seed, 40) for seed in (3, 7)]
+    plans = [plan_of(sweep.config_of(trial)) for trial in trials]
+    validation = [plan.preparation.keys["validation"] for plan in plans]
+    np.testing.assert_array_equal(*validation)
+    assert plans[0].config.run.seed != plans[1].config.run.seed
+    np.testing.assert_array_equal(validation[0], plan_of(config).preparation.keys["validation"])
+    other = config.model_copy(update={"run": config.run.model_copy(update={"seed": 7})})
+    assert not np.array_equal(validation[0], plan_of(other).preparation.keys["validation"])
