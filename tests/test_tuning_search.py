@@ -156,6 +156,14 @@ def test_a_search_that_goes_on_learns_from_what_is_over_and_does_not_repeat_it()
     assert np.mean([t.score for t in after]) < np.mean([t.score for t in before[:10]])
 
 
+def test_random_draws_go_on_where_they_were():
+    base = config(search="random")
+    first = Proposals(base).propose(0)
+    again = Proposals(base, drawn=1)
+    assert first == Proposals(base).propose(0)
+    assert first not in [again.propose(number) for number in range(1, 9)]
+
+
 def test_stopped_diverged_and_reference_trials_are_told_as_what_they_are():
     base = config()
     stopped = Trial(0, dict.fromkeys(GAMMA, 1.0), 0, 300, status="stopped")
