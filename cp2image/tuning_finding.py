@@ -55,7 +55,11 @@ def compared(sweep: Sweep) -> list[tuple[str, Values]]:
     """Return what is compared in the end: the finalists, or all of the search without them."""
     if sweep.config.tune.finalists:
         return list(finalists_of(sweep))
-    return [(f"trial-{trial.number}", trial.values) for trial in _ranked(sweep)]
+    found: list[tuple[str, Values]] = []
+    for trial in sorted(_ranked(sweep), key=lambda one: not one.name):  # references keep their name
+        if trial.values not in [values for _, values in found]:
+            found.append((trial.name or f"trial-{trial.number}", trial.values))
+    return found
 
 
 def tabulate_results(sweep: Sweep) -> pd.DataFrame:
@@ -64,12 +68,12 @@ def tabulate_results(sweep: Sweep) -> pd.DataFrame:
     wanted = seeds if sweep.config.tune.finalists else [sweep.config.run.seed]
     rows = []
     for name, values in compared(sweep):
-        own = [
-            trial
+        found = [trial for trial in sweep.table.trials if trial.status == "complete"]
+        by_seed = {
+            seed: next((trial for trial in found if is_same(trial, values, seed, steps)), None)
             for seed in wanted
-            for trial in sweep.table.trials
-            if is_same(trial, values, seed, steps) and trial.status == "complete"
-        ]
+        }  # numbers that were proposed twice, as 0, count once
+        own = [trial for trial in by_seed.values() if trial is not None]
         scores = np.array([trial.score for trial in own], dtype=np.float64)
         if not len(scores):
             continue
@@ -122,7 +126,10 @@ def _verdict(sweep: Sweep, results: pd.DataFrame) -> str:
     sentences = []
     for name in sweep.config.tune.references:
         row = results[results["name"] == name]
-        if row.empty or not is_allowed(row["mean"].iloc[0]):
+        if row.empty:
+            sentences.append(f"The reference {name} was not trained to the end.")
+            continue
+        if not is_allowed(row["mean"].iloc[0]):
             sentences.append(f"{winner['name']} meets the floors; the reference {name} does not.")
             continue
         gap, other = float(row["mean"].iloc[0] - winner["mean"]), row.iloc[0]

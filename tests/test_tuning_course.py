@@ -125,6 +125,17 @@ def test_a_search_that_finds_nothing_better_says_so(tmp_path, cells, judged):
     assert "nothing better than the reference gamma-1" in tune(search(tmp_path, cells)).text
 
 
+def test_without_finalists_the_references_of_the_search_are_compared_with(tmp_path, cells, judged):
+    judged(best_at(1))
+    config = search(tmp_path, cells, finalists=0)
+    assert "nothing better than the reference gamma-1" in tune(config).text
+    assert len(TrialTable(config.tune.output).trials) == 8
+    judged(best_at(0.1))
+    text = tune(search(tmp_path / "other", cells, finalists=0)).text
+    assert "ahead of gamma-1, on one seed only." in text
+    assert "does not" not in text
+
+
 def test_a_lead_within_the_spread_of_the_seeds_is_called_that(tmp_path, cells, judged):
     noise = np.random.default_rng(0)
     judged(lambda trial: 10 - (trial.name == "") * 0.01 + noise.normal())
