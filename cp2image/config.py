@@ -16,6 +16,7 @@ from pydantic import AfterValidator, Field, model_validator
 from cp2image.columns import CATEGORIES, nearest
 from cp2image.config_explore import Explore
 from cp2image.config_section import Amount, Count, Name, NotNegative, Positive, Section, Share
+from cp2image.config_tune import Score, Tune
 from cp2image.errors import ConfigError
 from cp2image.storage import filesystem, join
 from cp2image.yaml_dialect import dump_yaml
@@ -160,6 +161,8 @@ class Split(Section):
     validation_plates: list[str] = []
     test_plates: list[str] = []
     """Plates named here are held out whole; the shares then apply to the others."""
+    seed: Count | None = None
+    """None: the run's. Set it to train with several seeds on the same split."""
 
 
 class Scaling(Section):
@@ -393,6 +396,8 @@ class Config(Section):
     evaluate: Evaluate = Evaluate()
     compare: Compare = Compare()
     explore: Explore = Explore()
+    score: Score = Score()
+    tune: Tune = Tune()
     benchmark: Benchmark = Benchmark()
     tracking: Tracking = Tracking()
 
@@ -429,6 +434,7 @@ class Config(Section):
                 "checkpoint": join(folder, "checkpoint"),
                 "output": join(folder, "exploration"),
             },
+            "tune": {"output": join(folder, "tuning")},
             "benchmark": {"output": join(folder, "benchmark")},
         }
         data = self.model_dump()
@@ -488,6 +494,8 @@ class Config(Section):
                 raise ConfigError(f"no section {section!r} in a config{nearest(section, known)}")
             for place in ("input", "output", "checkpoint"):
                 chosen[section].pop(place, None)
+            if section == "split" and chosen[section]["seed"] is None:
+                del chosen[section]["seed"]
             if isinstance(chosen[section].get("plates"), list):
                 del chosen[section]["plates"]
         text = json.dumps([chosen, sorted(inputs)], sort_keys=True)
@@ -505,6 +513,7 @@ _PATHS = {
     "evaluate": ["real", "generated", "output", "checkpoint", "inception_weights"],
     "compare": ["output"],
     "explore": ["input", "checkpoint", "output"],
+    "tune": ["output"],
     "benchmark": ["output"],
 }
 

@@ -45,5 +45,13 @@ class TrainingError(Cp2ImageError, RuntimeError):
     """Training cannot start or has gone wrong (too few cells, loss not finite)."""
 
 
+class DivergenceError(TrainingError):
+    """A loss or a weight is not finite: the same settings would diverge again."""
+
+
+class TuningError(Cp2ImageError, RuntimeError):
+    """A search cannot start, or has left no trial to choose from."""
+
+
 class EvaluationError(Cp2ImageError, ValueError):
     """Two sets of cells cannot be compared as asked."""

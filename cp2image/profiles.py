@@ -137,7 +137,8 @@ def _split(
 ) -> tuple[Splits, tuple[str, ...], dict[str, NDArray[np.uint64]]]:
     frames = [decode_metadata(table) for table in dataset.read(dataset.metadata)]
     metadata = pd.concat(frames, ignore_index=True)
-    splits = fit_splits(metadata, config.split, config.run.seed)
+    own = config.split.seed
+    splits = fit_splits(metadata, config.split, config.run.seed if own is None else own)
     parts = splits.of(metadata)
     treatments = np.unique(treatment_names(metadata[parts == TRAIN]).astype(str))
     keys = cell_keys(metadata)

@@ -122,11 +122,13 @@ def tracking_uri(config: Config) -> str:
 
 
 @contextmanager
-def record(config: Config, step: str, run_id: str = "") -> Iterator[Recorder]:
+def record(
+    config: Config, step: str, run_id: str = "", tags: Mapping[str, str] | None = None
+) -> Iterator[Recorder]:
     """Open a run for one step of an experiment, with its resolved config as parameters.
 
-    An interrupted run goes on under its ``run_id``. The run ends as FINISHED, or FAILED when the
-    block raises.
+    An interrupted run goes on under its ``run_id``, or as the one that has all ``tags``. The run
+    ends as FINISHED, or FAILED when the block raises.
 
     Raises
     ------
@@ -136,7 +138,7 @@ def record(config: Config, step: str, run_id: str = "") -> Iterator[Recorder]:
     if not config.tracking.enabled:
         yield NoRecorder()
         return
-    recorder = _open(config, step, run_id)
+    recorder = _open(config, step, run_id, tags)
     try:
         yield recorder
     except BaseException:
@@ -217,7 +219,9 @@ def record_beside(config: Config, step: str) -> Iterator[Recorder]:
     recorder.opened().end("FINISHED")
 
 
-def _open(config: Config, step: str, run_id: str) -> MlflowRecorder:
+def _open(
+    config: Config, step: str, run_id: str, own: Mapping[str, str] | None = None
+) -> MlflowRecorder:
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
@@ -238,8 +242,9 @@ def _open(config: Config, step: str, run_id: str) -> MlflowRecorder:
             if found
             else client.create_experiment(config.tracking.experiment, artifact_location=artifacts)
         )
-        tags = {"cp2image.step": step, "mlflow.runName": f"{config.run.name}-{step}"}
-        run = _existing(client, run_id) or client.create_run(experiment, tags=tags)
+        tags = {"cp2image.step": step, "mlflow.runName": f"{config.run.name}-{step}", **(own or {})}
+        earlier = run_id or (_tagged(client, experiment, own) if own else "")
+        run = _existing(client, earlier) or client.create_run(experiment, tags=tags)
         recorder = MlflowRecorder(uri, run.info.run_id)
         if recorder.run_id != run_id:
             _log_parameters(client, recorder.run_id, config, step)
@@ -259,6 +264,13 @@ def _mishap(error: Exception) -> str:
             "MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN),"
         )
     return f"does not answer: {error}; check run.folder (where it is SQLite), MLFLOW_TRACKING_URI,"
+
+
+def _tagged(client: Any, experiment: str, tags: Mapping[str, str]) -> str:
+    """Return the id of the newest run with all these tags; empty if there is none."""
+    condition = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
+    found = client.search_runs([experiment], condition, max_results=1)
+    return str(found[0].info.run_id) if found else ""
 
 
 def _existing(client: Any, run_id: str) -> Any:
@@ -340,3 +352,72 @@ def log_model(
                 pip_requirements=[f"cp2image=={version('cp2image')}"],
                 registered_model_name=config.tracking.register_as,
             )
+
+
+def close_children(recorder: Recorder, statuses: Mapping[int, str] | None = None) -> list[str]:
+    """Close the runs below a parent run that nobody writes to any more, as KILLED.
+
+    Parameters
+    ----------
+    recorder
+        Of the parent.
+    statuses
+        Number of a trial → what became of it, for the tag ``cp2image.status``; only these are
+        closed. None: all that are still open.
+
+    Returns
+    -------
+    list
+        Ids of the runs that were closed.
+    """
+    if not isinstance(recorder, MlflowRecorder):
+        return []
+    client = recorder._client()
+    experiment = client.get_run(recorder.run_id).info.experiment_id
+    condition = f"tags.`mlflow.parentRunId` = '{recorder.run_id}'"
+    closed = []
+    for run in client.search_runs([experiment], condition, max_results=1000):
+        known = statuses or {}
+        number = int(run.data.tags.get("cp2image.trial", -1))
+        if number in known:
+            client.set_tag(run.info.run_id, "cp2image.status", known[number])
+        if run.info.status == "RUNNING" and (statuses is None or number in known):
+            client.set_terminated(run.info.run_id, "KILLED")
+            closed.append(str(run.info.run_id))
+    return closed
+
+
+def register_model(recorder: Recorder, run_id: str, name: str, alias: str) -> str:
+    """Register the model that a run has logged, and let an alias point to it.
+
+    Returns
+    -------
+    str
+        ``models:/name@alias``; empty without tracking. A model that is registered already keeps
+        its version.
+
+    Raises
+    ------
+    StorageError
+        If the run has logged no model.
+    """
+    if not isinstance(recorder, MlflowRecorder):
+        return ""
+    import mlflow
+
+    client = recorder._client()
+    run = client.get_run(run_id)
+    models = [one.model_id for one in run.outputs.model_outputs] if run.outputs else []
+    if not models:
+        raise StorageError(f"MLflow run {run_id} has no model to register as {name!r}")
+    uri = f"models:/{models[-1]}"
+    known = {one.source: one for one in _versions(client, name)}
+    with mlflow_store(recorder.tracking_uri):
+        version = known.get(uri) or mlflow.register_model(uri, name)
+    client.set_registered_model_alias(name, alias, version.version)
+    client.set_model_version_tag(name, version.version, "cp2image.run", run_id)
+    return f"models:/{name}@{alias}"
+
+
+def _versions(client: Any, name: str) -> list[Any]:
+    return list(client.search_model_versions(f"name='{name}'"))

@@ -3,9 +3,9 @@
 import json
 import threading
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
 
@@ -20,12 +20,12 @@ from cp2image.checkpoint import ModelCard, load_model, read_card
 from cp2image.cluster import join_cluster
 from cp2image.config import Config
 from cp2image.dataset import CellDataset, open_dataset
-from cp2image.errors import CheckpointError, Cp2ImageError, TrainingError
+from cp2image.errors import CheckpointError, Cp2ImageError, DivergenceError, TrainingError
 from cp2image.profiles import Preparation, measured_features, prepare_profiles
 from cp2image.storage import delete_tree, exists, filesystem, join, read_bytes, write_bytes
 from cp2image.tracking import log_model, record
 from cp2image.training_cells import TrainingRead
-from cp2image.training_loop import STATES, TrainingPlan, read_state, run_worker
+from cp2image.training_loop import STATES, TrainingPlan, adopt_state, read_state, run_worker
 
 _FREE = (
     "steps",
@@ -80,6 +80,35 @@ class TrainingResult:
         return f"{self.checkpoint}: {self.steps:,} steps{resumed}; {numbers}"
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a training run stands among others that share its cluster.
+
+    Attributes
+    ----------
+    share
+        Of the cluster's CPUs, for this run.
+    callbacks
+        Told of each report, see `ray.train.UserCallback`.
+    tags
+        Of its MLflow run; a run that has them all is gone on with.
+    quiet
+        Whether its progress is not shown: one process less.
+    start_from
+        Checkpoint folder whose newest state a run begins with that has none of its own; empty: it
+        begins with new weights.
+    """
+
+    share: float = 1.0
+    callbacks: Sequence[UserCallback] = ()
+    tags: dict[str, str] = field(default_factory=dict)
+    quiet: bool = False
+    start_from: str = ""
+
+
+_ALONE = Place()
+
+
 def fingerprint(config: Config, dataset: CellDataset) -> str:
     """Return a hash of all that shapes the weights: settings but not their amount, and the data."""
     train = config.train.model_copy(update=dict.fromkeys(_FREE))
@@ -89,7 +118,7 @@ def fingerprint(config: Config, dataset: CellDataset) -> str:
     return sha256(text.encode()).hexdigest()[:16]
 
 
-def train(config: Config) -> TrainingResult:
+def train(config: Config, place: Place = _ALONE) -> TrainingResult:
     """Train as ``config.train`` says and publish the checkpoint.
 
     An interrupted run (worker or driver killed) goes on from its newest state when the same job is
@@ -103,13 +132,15 @@ def train(config: Config) -> TrainingResult:
     DatasetError
         If ``train.input`` is not a measured dataset.
     TrainingError
-        If training fails on the workers.
+        If training fails on the workers; DivergenceError if a loss is not finite.
     """
     dataset = open_dataset(config.train.input)
     measured_features(dataset)  # refused before anything is written
     mark = fingerprint(config, dataset)
     output = config.train.output
     card, state = _earlier(output, mark)
+    if place.start_from and not state and card is None:
+        adopt_state(place.start_from, output, mark)
     trained = card is not None and _is_enough(card, config)
     recorded = _recorded(output)
     if card is not None and trained and recorded["steps"] == card.steps:
@@ -117,12 +148,13 @@ def train(config: Config) -> TrainingResult:
     write_bytes(join(output, STATES, "config.yaml"), config.yaml().encode())  # or say so now
     join_cluster(config.cluster)
     preparation = None if trained else prepare_profiles(dataset, config)
-    with record(config, "train", state.get("run_id", "")) as recorder:
+    with record(config, "train", state.get("run_id", ""), place.tags) as recorder:
         if preparation is not None:
             _describe(dataset, preparation)
-            with _board() as board:
+            with nullcontext() if place.quiet else _board() as board:
                 shape = dataset.patch_format
-                _fit(TrainingPlan(config, preparation, shape, recorder, mark, board), dataset)
+                plan = TrainingPlan(config, preparation, shape, recorder, mark, board)
+                _fit(plan, dataset, place)
         model = load_model(output)
         log_model(recorder, config, model.features, model.patch_format)
     card = model.card
@@ -235,14 +267,15 @@ def _refusal(error: BaseException) -> Cp2ImageError | None:
     return None
 
 
-def _fit(plan: TrainingPlan, dataset: CellDataset) -> None:
+def _fit(plan: TrainingPlan, dataset: CellDataset, place: Place) -> None:
     settings = plan.config.train
-    cpus = ray.cluster_resources().get("CPU", 1.0)
+    cpus = ray.cluster_resources().get("CPU", 1.0) * place.share
     # Ray Data's reading needs a little of the CPUs while the workers wait for their cells.
-    share = min(1.0, max(0.1, (cpus - 0.5) / settings.workers))
+    share = min(1.0, max(0.1, (cpus - 0.5 * place.share) / settings.workers))
     resources: dict[str, float] = {"CPU": share}
     if settings.gpu:
-        resources["GPU"] = 1.0
+        gpus = ray.cluster_resources().get("GPU", 1.0) * place.share
+        resources["GPU"] = min(1.0, gpus / settings.workers) if place.share < 1 else 1.0
     threads = settings.threads or max(1, int(cpus // settings.workers))
     cells = read_cells(dataset, plan.preparation, plan.config)
     with _scratch(settings.output) as (files, path):
@@ -257,7 +290,7 @@ def _fit(plan: TrainingPlan, dataset: CellDataset) -> None:
                 storage_path=path,
                 storage_filesystem=files,
                 failure_config=FailureConfig(max_failures=settings.max_failures),
-                callbacks=[_StopOnRefusal()],
+                callbacks=[_StopOnRefusal(), *place.callbacks],
             ),
             datasets={"cells": cells},
             dataset_config=DataConfig(datasets_to_split=[]),
@@ -265,7 +298,8 @@ def _fit(plan: TrainingPlan, dataset: CellDataset) -> None:
         try:
             trainer.fit()
         except TrainingFailedError as error:
-            raise TrainingError(f"training stopped: {_cause(error)}") from error
+            kind = DivergenceError if _diverged(error) else TrainingError
+            raise kind(f"training stopped: {_cause(error)}") from error
 
 
 def read_cells(dataset: CellDataset, preparation: Preparation, config: Config) -> ray.data.Dataset:
@@ -283,9 +317,20 @@ def read_cells(dataset: CellDataset, preparation: Preparation, config: Config) -
     return cells
 
 
-def _cause(error: TrainingFailedError) -> str:
+def _first(error: TrainingFailedError) -> BaseException:
     failures = getattr(error, "worker_failures", None) or {}
-    first = getattr(error, "controller_failure", None) or next(iter(failures.values()), error)
+    first: BaseException = getattr(error, "controller_failure", None) or next(
+        iter(failures.values()), error
+    )
+    return first
+
+
+def _diverged(error: TrainingFailedError) -> bool:
+    return isinstance(_refusal(_first(error)), DivergenceError)
+
+
+def _cause(error: TrainingFailedError) -> str:
+    first = _first(error)
     refusal = _refusal(first)
     if refusal is not None:
         return str(refusal)

@@ -19,8 +19,9 @@ from cp2image.checkpoint import ModelCard, save_checkpoint
 from cp2image.config import Config
 from cp2image.data.balance import TreatmentSampler
 from cp2image.data.schema import PatchFormat
-from cp2image.errors import TrainingError
+from cp2image.errors import DivergenceError
 from cp2image.figures.patches import figure_pairs
+from cp2image.metrics.validation import ValidationScores
 from cp2image.models.data_parallel import average_over_ranks
 from cp2image.models.losses import pixel_loss
 from cp2image.models.presets import STOCHASTIC
@@ -72,6 +73,7 @@ def run_worker(settings: dict[str, Any]) -> None:
     """Train on one worker; Ray Train calls it on every rank."""
     import ray.train
     import ray.train.torch
+    import ray.util
 
     plan: TrainingPlan = settings["plan"]
     context = ray.train.get_context()
@@ -89,7 +91,9 @@ def run_worker(settings: dict[str, Any]) -> None:
         validation_cells=plan.config.train.validation_cells,
     )
     loop = TrainingLoop(plan, train, validation, rank, world, device)
-    loop.run(ray.train.report)
+    group = ray.util.get_current_placement_group()
+    place = {"placement_group": group.id.hex() if group else ""}  # to free it, if need be
+    loop.run(lambda metrics: ray.train.report({**metrics, **place}))
 
 
 class TrainingLoop:
@@ -118,6 +122,8 @@ class TrainingLoop:
         self._recipe = _build_recipe(plan, train.features.shape[1], self._device)
         self.step, self._seconds, self._time_used = 0, 0.0, 0.0
         self._floor = _mean_image_loss(validation)
+        self._scores = self._score_by() if rank == 0 else None
+        self._logged: dict[str, float] = {}
 
     @property
     def recipe(self) -> Recipe:
@@ -130,11 +136,12 @@ class TrainingLoop:
         Parameters
         ----------
         report
-            Called on every rank after each validation; metrics are rank 0's.
+            Called on every rank after each validation with the step, the seconds and the newest
+            value of everything that was logged; metrics are rank 0's.
 
         Raises
         ------
-        TrainingError
+        DivergenceError
             If a loss or a weight is not finite.
         """
         settings = self._plan.config.train
@@ -156,7 +163,8 @@ class TrainingLoop:
                 if self.step % settings.validate_every == 0 or last:
                     self._average_statistics()
                     metrics = self._validate()
-                    report({"step": self.step, **metrics, "train_seconds": progress.seconds})
+                    numbers = {"step": self.step, "train_seconds": progress.seconds}
+                    report({**self._logged, **metrics, **numbers})
                 if self.step % settings.checkpoint_every == 0 or last:
                     self._average_statistics()
                     self._save_state(progress.seconds)
@@ -173,6 +181,7 @@ class TrainingLoop:
         if self._rank == 0:
             values |= {"train/cells_per_s": rate, "train/waiting_share": progress.waiting_share}
             self._plan.recorder.metrics(values, self.step)
+            self._logged = values
             self._show(values, progress.seconds)
 
     def _batch(self, step: int) -> Batch:
@@ -212,7 +221,7 @@ class TrainingLoop:
     def _check_finite(self, values: dict[str, float]) -> None:
         bad = [name for name, value in values.items() if not np.isfinite(value)]
         if bad:
-            raise TrainingError(
+            raise DivergenceError(
                 f"step {self.step}: {', '.join(bad)} not finite; lower train.learning_rate "
                 f"(optimiser setting {self._plan.config.train.optimiser!r}) or switch bf16 off"
             )
@@ -220,7 +229,7 @@ class TrainingLoop:
     def _validate(self) -> dict[str, float]:
         if self._rank != 0 or not len(self._validation.patches):
             return {}
-        losses = []
+        losses, kept = [], []
         rows = np.arange(len(self._validation.patches))
         with torch.inference_mode():
             for start in range(0, len(rows), 104):
@@ -229,6 +238,8 @@ class TrainingLoop:
                 features = self._validation.scaled(chosen, self._device)
                 drawn = self._recipe.draw(features, torch.from_numpy(chosen).to(self._device))
                 losses.append(float(pixel_loss(real, drawn)) * len(chosen))
+                if self._scores is not None and start < self._plan.config.score.cells:
+                    kept.append(drawn.float().cpu().numpy())
                 if start == 0:
                     self._draw(real[:10], drawn[:10])
         loss = sum(losses) / len(rows)
@@ -237,8 +248,20 @@ class TrainingLoop:
             "validation/L_MSE_mean_image": self._floor,
             "validation/below_mean_image": 1 - loss / self._floor,
         }
+        if self._scores is not None:
+            scored = self._scores.of(np.concatenate(kept)[: self._plan.config.score.cells])
+            metrics |= {f"validation/{name}": value for name, value in scored.items()}
         self._plan.recorder.metrics(metrics, self.step)
         return metrics
+
+    def _score_by(self) -> ValidationScores | None:
+        settings, cells = self._plan.config.score, self._validation
+        if not settings.embeddings or not len(cells.patches):
+            return None
+        rows = np.arange(min(settings.cells, len(cells.patches)))
+        real = cells.normalised(rows, torch.device("cpu")).numpy()
+        channels = self._plan.patch_format.channels
+        return ValidationScores(real, channels, settings.embeddings, settings.families)
 
     def _draw(self, real: Tensor, drawn: Tensor) -> None:
         channels = self._plan.patch_format.channels
@@ -403,6 +426,24 @@ def _mean_image_loss(cells: CellArrays) -> float:
     patches = cells.normalised(np.arange(len(cells.patches)), torch.device("cpu"))
     mean = patches.mean(dim=0, keepdim=True)
     return float(pixel_loss(patches, mean.expand_as(patches)))
+
+
+def adopt_state(source: str, target: str, fingerprint: str) -> bool:
+    """Let a run below ``target`` begin with the newest state of the run below ``source``.
+
+    Returns
+    -------
+    bool
+        False if there is no such state.
+    """
+    about = read_state(source)
+    if about is None:
+        return False
+    data = read_bytes(join(source, STATES, about["state"], "state.safetensors"))
+    write_bytes(join(target, STATES, about["state"], "state.safetensors"), data)
+    about |= {"fingerprint": fingerprint, "run_id": ""}
+    write_bytes(join(target, STATES, "latest.json"), json.dumps(about).encode())
+    return True
 
 
 def read_state(checkpoint: str) -> dict[str, Any] | None:
