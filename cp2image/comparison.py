@@ -115,6 +115,9 @@ def compare(config: Config) -> Comparison:
 def derive(config: Config, system: str, seed: int) -> Config:
     """Return the experiment of one system and seed, in a folder of its own.
 
+    A system with ``trained_as: OTHER`` is the other one's checkpoint with what else it names, such
+    as ``generate: {by: prior}``: it is not trained again.
+
     Raises
     ------
     ConfigError
@@ -122,14 +125,14 @@ def derive(config: Config, system: str, seed: int) -> Config:
     """
     data = config.model_dump()
     cells = data["train"]["input"]
-    folder = join(config.compare.output, system, f"seed-{seed}")
+    folder, changes, trained = _place(config, system, seed)
     data["run"] |= {"folder": folder, "seed": seed, "name": f"{config.run.name}-{system}-{seed}"}
     data["tracking"]["uri"] = tracking_uri(config) if config.tracking.enabled else None
-    data["train"]["output"] = ""
-    data["generate"] |= {"input": cells, "checkpoint": "", "output": ""}
-    data["evaluate"] |= {"real": cells, "generated": "", "checkpoint": "", "output": ""}
+    data["train"]["output"] = join(trained, "checkpoint")
+    checkpoint = data["train"]["output"]
+    data["generate"] |= {"input": cells, "checkpoint": checkpoint, "output": ""}
+    data["evaluate"] |= {"real": cells, "generated": "", "checkpoint": checkpoint, "output": ""}
     data["compare"]["systems"] = {}
-    changes = config.compare.systems[system]
     for section, values in changes.items():
         if not isinstance(values, dict):
             raise ConfigError(
@@ -141,6 +144,28 @@ def derive(config: Config, system: str, seed: int) -> Config:
         return Config.model_validate(data).resolve()
     except ValidationError as error:
         raise ConfigError(f"compare.systems.{system}: {explain(error, Config)}") from error
+
+
+def _place(config: Config, system: str, seed: int) -> tuple[str, dict[str, Any], str]:
+    """Return a run's folder, its sections of settings, and the folder its checkpoint is in."""
+    systems, out = config.compare.systems, config.compare.output
+    own = dict(systems[system])
+    other = own.pop("trained_as", system)
+    folder, trained = (join(out, str(name), f"seed-{seed}") for name in (system, other))
+    if other == system:
+        return folder, own, trained
+    if other not in systems or "trained_as" in systems[other]:
+        raise ConfigError(
+            f"compare.systems.{system}: trained_as {other!r}; expected a system of the list that "
+            "is trained itself"
+        )
+    fixed = sorted({"train", "split", "scaling"} & set(own))
+    if fixed:
+        raise ConfigError(
+            f"compare.systems.{system}: {', '.join(fixed)} belong to {other!r}, whose checkpoint "
+            "this is; leave them out or drop trained_as"
+        )
+    return folder, _merge(dict(systems[other]), own), trained
 
 
 def _merge(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -231,7 +256,7 @@ def tabulate(
     return pd.DataFrame(rows, columns=columns)
 
 
-def to_markdown(table: pd.DataFrame, reports: Mapping[Any, Mapping[str, Any]]) -> str:
+def to_markdown(table: pd.DataFrame, reports: Mapping[tuple[str, int], Mapping[str, Any]]) -> str:
     """Write the table with systems as columns, and its protocol below."""
     systems = list(dict.fromkeys(table["system"]))
     lines = [
@@ -244,6 +269,8 @@ def to_markdown(table: pd.DataFrame, reports: Mapping[Any, Mapping[str, Any]]) -
         cells = [_cell(found.loc[name, "mean"], found.loc[name, "sd"]) for name in systems]
         cells.append(_cell(found["floor"].mean()))
         lines.append(f"| {metric} {sign} | " + " | ".join(cells) + " |")
+    sees = {name: r["protocol"]["system"]["sees"] for (name, _), r in reports.items()}
+    lines.insert(2, "| sees | " + " | ".join(" and ".join(sees[n]) for n in systems) + " | |")
     protocol = next(iter(reports.values()))["protocol"]
     seeds = int(table["seeds"].min())
     spent = [

@@ -33,9 +33,11 @@ from cp2image.metrics.correlation import (
     group_moments,
     summarise_correlation,
 )
+from cp2image.models.presets import sees
 from cp2image.stopwatch import Stopwatch
-from cp2image.storage import join, write_bytes
+from cp2image.storage import exists, join, read_bytes, write_bytes
 from cp2image.tracking import record, tracking_uri
+from cp2image.yaml_dialect import load_yaml
 
 _SHOWN = 24
 _SHOWN_DRAWS = 12
@@ -144,12 +146,25 @@ def evaluate(config: Config, watch: Stopwatch | None = None) -> Report:
             limit = settings.training_cells if looks else 0
             training = _training_keys(real, model, pairs, limit)
             shown = _spread(pairs, _SHOWN)
-            sets = gather_cells(config, model, real, generated, pairs, shown, training, watch)
+            image = _is_shown(settings.generated, model)
+            sets = gather_cells(
+                config, model, real, generated, pairs, shown, training, watch, shown_images=image
+            )
         with watch.part("writing"):
-            report = _report(config, model, (real, generated), sets, watch)
+            seen = sees(model.card.preset, image=image)
+            report = _report(config, model, (real, generated), sets, watch, seen)
         recorder.metrics(_flat(report))
         recorder.folder(settings.output, "report")
     return report
+
+
+def _is_shown(generated: str, model: Model) -> bool:
+    """Tell from the config beside a screen whether the model was shown the cells it drew."""
+    place = join(generated, "_config.yaml")
+    by = None
+    if model.reconstructs and exists(place):
+        by = (load_yaml(read_bytes(place).decode()) or {}).get("generate", {}).get("by")
+    return model.reconstructs and by != "prior"
 
 
 def _pair(
@@ -205,6 +220,7 @@ def _report(
     datasets: tuple[CellDataset, CellDataset],
     sets: EvaluationSet,
     watch: Stopwatch,
+    seen: tuple[str, ...],
 ) -> Report:
     settings = config.evaluate
     out = settings.output
@@ -231,6 +247,7 @@ def _report(
         "plates": sorted(sets.cells[PLATE].astype(str).unique()),
         "wells": len(set(groups)),
         "split": settings.split,
+        "system": {"preset": model.card.preset, "sees": list(seen)},
         "pairing": "each generated cell against the real cell its features came from",
         "normalisation": f"{model.intensity.kind}, clamped to [0, 1], 8 bit, both sets",
         "measured": f"{len(names)} features without positions, the same code on both sets",

@@ -19,6 +19,8 @@ from cp2image.metrics.moa import MoaMatch, match_moa, treatment_profiles
 from cp2image.stopwatch import Stopwatch
 
 _CLOSEST = 12
+_FEWEST = 40
+"""Fewest cells with a nucleus in both sets whose features are compared as distributions."""
 _BATCH = "Metadata_Batch"
 
 
@@ -77,6 +79,8 @@ def score_sets(config: Config, sets: EvaluationSet, watch: Stopwatch) -> Scores:
     complete = (real.notna().any(axis=1) & drawn.notna().any(axis=1)).to_numpy()
     scores = Scores({})
     for name in config.evaluate.embeddings:
+        if name == "cp" and np.count_nonzero(complete) < _FEWEST:
+            continue  # what is drawn shows no nuclei: the report says how many are without one
         if name == "cp":
             with watch.part("embedding"):
                 embedding = CellProfilerEmbedding.fit(real[complete])

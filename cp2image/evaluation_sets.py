@@ -28,7 +28,7 @@ from cp2image.dataset import CellDataset, CellRange, read_range
 from cp2image.errors import DatasetError
 from cp2image.metrics.embedding import FilterBank, InceptionEmbedding, quantise
 from cp2image.metrics.measurement import measure
-from cp2image.models.presets import STOCHASTIC
+from cp2image.models.presets import sees
 from cp2image.stopwatch import Stopwatch
 from cp2image.tracking import tracking_uri
 
@@ -116,6 +116,8 @@ def gather_cells(
     shown: NDArray[np.int64],
     training: NDArray[np.uint64],
     watch: Stopwatch,
+    *,
+    shown_images: bool = False,
 ) -> EvaluationSet:
     """Normalise, measure and embed both sets on the cluster.
 
@@ -135,6 +137,9 @@ def gather_cells(
         Keys of training cells to embed beside, sorted.
     watch
         Is told what the workers do.
+    shown_images
+        Whether the model was shown the cells that it drew. Cells are drawn again from shuffled
+        features only where the model sees features, several times only where it sees noise.
 
     Returns
     -------
@@ -143,8 +148,10 @@ def gather_cells(
     """
     keys = cells["key"].to_numpy()
     plates = sorted(cells[PLATE].astype(str).unique())
-    draws = config.evaluate.draws if model.card.preset == STOCHASTIC else 0
-    redraws = config.evaluate.shuffle_control or draws > 1
+    seen_by_model = sees(model.card.preset, image=shown_images)
+    draws = config.evaluate.draws if "noise" in seen_by_model else 0
+    shuffles = config.evaluate.shuffle_control and "features" in seen_by_model
+    redraws = shuffles or draws > 1
     requested = list(model.features) if redraws else []
     wanted = ((real, real.features), (generated, requested))
     sources = [
@@ -186,7 +193,7 @@ def gather_cells(
             for start in range(0, len(table), len(rows))
         ]
 
-    if config.evaluate.shuffle_control:
+    if shuffles:
         rows, other = _permute(cells)
         (found.shuffled,), found.shuffled_rows = redraw(rows, other, [seed]), rows
     if draws > 1:
