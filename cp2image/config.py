@@ -11,42 +11,14 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, model_validator
 
 from cp2image.columns import CATEGORIES, nearest
+from cp2image.config_scoring import Mechanisms, Sanity
+from cp2image.config_section import Amount, Count, Name, NotNegative, Positive, Section, Share
 from cp2image.errors import ConfigError
 from cp2image.storage import filesystem, join
 from cp2image.yaml_dialect import dump_yaml
-
-
-def _refuse_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("expected a number")
-    return value
-
-
-Count = Annotated[int, Field(ge=0), BeforeValidator(_refuse_bool)]
-Positive = Annotated[int, Field(gt=0), BeforeValidator(_refuse_bool)]
-Amount = Annotated[float, Field(gt=0), BeforeValidator(_refuse_bool)]
-NotNegative = Annotated[float, Field(ge=0), BeforeValidator(_refuse_bool)]
-Share = Annotated[float, Field(ge=0, le=1), BeforeValidator(_refuse_bool)]
-Name = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
-
-
-class Section(BaseModel):
-    """A part of the config that refuses unknown keys and is never changed after reading."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True
-    )
 
 
 class Run(Section):
@@ -436,6 +408,8 @@ class Config(Section):
     generate: Generate = Generate()
     evaluate: Evaluate = Evaluate()
     compare: Compare = Compare()
+    mechanisms: Mechanisms = Mechanisms()
+    sanity: Sanity = Sanity()
     benchmark: Benchmark = Benchmark()
     tracking: Tracking = Tracking()
 
@@ -467,6 +441,8 @@ class Config(Section):
                 "checkpoint": join(folder, "checkpoint"),
             },
             "compare": {"output": join(folder, "comparison")},
+            "mechanisms": {"output": join(folder, "mechanisms")},
+            "sanity": {"input": join(folder, "cells"), "output": join(folder, "sanity")},
             "benchmark": {"output": join(folder, "benchmark")},
         }
         data = self.model_dump()
@@ -500,7 +476,12 @@ class Config(Section):
         prepare["image_folders"] = {start: _absolute(goal) for start, goal in folders.items()}
         if prepare["stacks"]:
             prepare["stacks"]["index"] = _absolute(prepare["stacks"]["index"])
-        for extra in prepare["metadata_files"]:
+        wells = data["mechanisms"]
+        for extra in [
+            *prepare["metadata_files"],
+            *wells["joined"],
+            *filter(None, [wells["profiles"]]),
+        ]:
             extra["uri"] = _absolute(extra["uri"])
         return Config.model_validate(data)
 
@@ -547,6 +528,8 @@ _PATHS = {
     "generate": ["input", "checkpoint", "output"],
     "evaluate": ["real", "generated", "output", "checkpoint", "inception_weights"],
     "compare": ["output"],
+    "mechanisms": ["output"],
+    "sanity": ["input", "output"],
     "benchmark": ["output"],
 }
 
