@@ -1,7 +1,7 @@
 """Several systems and seeds: train, generate and evaluate each, one table. Above the steps."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
@@ -195,24 +195,37 @@ def _run(config: Config) -> dict[str, Any]:
     return report
 
 
-def _metrics(report: Mapping[str, Any]) -> Iterator[Metric]:
-    for name in report["distances"]:
+def _metrics(reports: Iterable[Mapping[str, Any]]) -> Iterator[Metric]:
+    """List what any of the reports has; systems that draw no nuclei have no features to compare."""
+    reports = list(reports)
+    yield Metric(
+        "cells with a nucleus",
+        ("protocol", "with_nucleus", "generated"),
+        ("protocol", "with_nucleus", "real"),
+    )
+    for name in dict.fromkeys(name for report in reports for name in report["distances"]):
         place = ("distances", name)
         yield Metric(
             f"Fréchet, {name}", (*place, "frechet_half"), (*place, "floor_half"), lower=True
         )
+        yield Metric(f"Fréchet, {name}, N → ∞", (*place, "limit"), lower=True)
         yield Metric(f"KID, {name}", (*place, "kernel"), (*place, "kernel_floor"), lower=True)
         for share in ("recall", "coverage", "precision"):
             yield Metric(f"{share}, {name}", (*place, share), (*place, f"{share}_floor"))
     yield Metric("features with r > 0.5", ("correlation", "model", "share_above_half"))
     yield Metric("mean r", ("correlation", "model", "mean_r"))
-    if "moa" in report:
+    if any("moa" in report for report in reports):
         yield Metric(
             "NSC",
             ("moa", "generated", "nsc", "accuracy"),
             ("moa", "real", "nsc", "accuracy"),
         )
-    if "copies" in report:
+        yield Metric(
+            "NSCB",
+            ("moa", "generated", "nscb", "accuracy"),
+            ("moa", "real", "nscb", "accuracy"),
+        )
+    if any("copies" in report for report in reports):
         yield Metric("distance to training cells", ("copies", "generated_over_real"))
 
 
@@ -242,7 +255,7 @@ def tabulate(
         what the reports give), ``excess`` over it (mean − floor), ``lower`` if less is better.
     """
     rows = []
-    metrics = list(_metrics(next(iter(reports.values()))))
+    metrics = list(_metrics(reports.values()))
     for metric in metrics:
         for system in systems:
             own = [report for (name, _), report in reports.items() if name == system]
@@ -286,11 +299,26 @@ def to_markdown(table: pd.DataFrame, reports: Mapping[tuple[str, int], Mapping[s
         f"{protocol['wells']} wells on {len(protocol['plates'])} plates, split "
         f"{protocol['split']!r}; {protocol['normalisation']}; Fréchet distances, precision, recall "
         "and coverage: half of the real cells against the cells drawn for the other half, floor: "
-        "the two real halves; KID: all cells, floor: the two halves.",
+        "the two real halves; KID: all cells, floor: the two halves; N → ∞: all cells, a line over "
+        "1/N followed to 0 (Chong and Forsyth 2020).",
+        *_plates(reports),
         f"Training: {'; '.join(spent)}.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _plates(reports: Mapping[tuple[str, int], Mapping[str, Any]]) -> list[str]:
+    """Say how far real plates are from each other, for scale."""
+    report, lines = next(iter(reports.values())), []
+    for name, found in report["distances"].items():
+        if "plates" in found:
+            plates = found["plates"]
+            lines.append(
+                f"Real plates apart, {name}: {plates['frechet']:.3g} (halves of one plate: "
+                f"{plates['floor']:.3g}), n = {plates['n']:,}, {plates['pairs']} pairs."
+            )
+    return lines
 
 
 def _cell(mean: float, sd: float = float("nan")) -> str:

@@ -309,6 +309,8 @@ class Evaluate(Section):
     embeddings: list[Literal["cp", "filterbank", "inception"]] = ["cp", "filterbank"]
     inception_weights: Annotated[str, Field(min_length=1)] | None = None
     """URI of the FID Inception network's weights (safetensors or a torch state dict)."""
+    allow_singular: bool = False
+    """Score no more cells than Inception has dimensions (2,048) all the same."""
     families: list[str] | None = None
     draws: Count = 4
     """Further draws of 200 cells, to see which features they agree in; 0: none. ``paper`` has no

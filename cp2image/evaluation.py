@@ -24,6 +24,7 @@ from cp2image.errors import EvaluationError
 from cp2image.evaluation_scores import Copies, score_sets
 from cp2image.evaluation_sets import EvaluationSet, gather_cells, patches_of
 from cp2image.figures.canvas import save
+from cp2image.figures.confusion import confusion_matrix
 from cp2image.figures.curves import best_features, correlation_boxes, correlation_curve
 from cp2image.figures.patches import figure_pairs, figure_rows
 from cp2image.metrics.correlation import (
@@ -33,6 +34,7 @@ from cp2image.metrics.correlation import (
     group_moments,
     summarise_correlation,
 )
+from cp2image.metrics.inception import DIMENSION
 from cp2image.models.presets import sees
 from cp2image.stopwatch import Stopwatch
 from cp2image.storage import exists, join, read_bytes, write_bytes
@@ -85,7 +87,7 @@ class Report:
                 f"{found['frechet_half']:.3g} against a real-real floor of "
                 f"{found['floor_half']:.3g}; recall {found['recall']:.2f}, coverage "
                 f"{found['coverage']:.2f} (real cells: {found['recall_floor']:.2f}, "
-                f"{found['coverage_floor']:.2f})"
+                f"{found['coverage_floor']:.2f}){_beside(found)}"
             )
         if "moa" in self.beside:
             real, drawn = (self.beside["moa"][name]["nsc"] for name in ("real", "generated"))
@@ -106,6 +108,27 @@ class Report:
                 "generated cells as from real ones of the same wells (copies: far below 1)"
             )
         return "\n".join(lines)
+
+
+def _beside(found: dict[str, Any]) -> str:
+    """Say what else the report has of a distance."""
+    text = ""
+    if "frechet_interval_95_by_well" in found:
+        low, high = found["frechet_interval_95_by_well"]
+        text += f"; 95 % over wells: {low:.3g} to {high:.3g}"
+    if "limit" in found:
+        text += f"; endlessly many cells: {found['limit']:.3g}"
+    if "plates" in found:
+        plates = found["plates"]
+        text += (
+            f"; real plate against plate: {plates['frechet']:.3g} at n = {plates['n']:,}, halves "
+            f"of one: {plates['floor']:.3g}"
+        )
+    if found.get("noise_patches"):
+        text += f"; {found['noise_patches']} real patches are noise"
+        if "frechet_without_noise" in found:
+            text += f", without them {found['frechet_without_noise']:.3g}"
+    return text
 
 
 def evaluate(config: Config, watch: Stopwatch | None = None) -> Report:
@@ -140,6 +163,7 @@ def evaluate(config: Config, watch: Stopwatch | None = None) -> Report:
     with watch.part("recording in MLflow"), record(config, "evaluate") as recorder:
         with watch.part("pairing"):
             pairs = _pair(real, generated, model, settings)
+        _refuse_few(len(pairs), settings)
         print(f"evaluate: {len(pairs):,} cells in both sets", flush=True)
         with watch.part("moving"):
             looks = any(name != "cp" for name in settings.embeddings)
@@ -190,6 +214,16 @@ def _pair(
     turn = both.groupby([PLATE, WELL]).cumcount()
     chosen = both.assign(turn=turn).sort_values(["turn", "key"]).head(settings.cells)
     return chosen.drop(columns="turn").sort_values("key", ignore_index=True)
+
+
+def _refuse_few(cells: int, settings: Evaluate) -> None:
+    """Refuse Inception's 2,048 dimensions for fewer cells, before anything is embedded."""
+    if "inception" in settings.embeddings and cells <= DIMENSION and not settings.allow_singular:
+        raise EvaluationError(
+            f"{cells:,} cells for the {DIMENSION:,} dimensions of Inception: the covariance is "
+            "singular and FID mostly tells the sample size; score more cells, leave 'inception' "
+            "out of evaluate.embeddings, or ask for it all the same (evaluate.allow_singular=true)"
+        )
 
 
 def _keyed(dataset: CellDataset, plates: list[str]) -> pd.DataFrame:
@@ -255,6 +289,10 @@ def _report(
             "real": sets.real.without_nucleus,
             "generated": sets.generated.without_nucleus,
         },
+        "with_nucleus": {
+            "real": 1 - sets.real.without_nucleus / len(sets.cells),
+            "generated": 1 - sets.generated.without_nucleus / len(sets.cells),
+        },
         "angles": "circular correlation (Jammalamadaka and SenGupta)",
         "shuffle_control_cells": 0 if sets.shuffled is None else len(sets.shuffled),
         "ceiling": "features of the real patches against the same features in the input table",
@@ -272,6 +310,8 @@ def _report(
         write_bytes(join(out, f"correlation_{name.replace(' ', '_')}.csv"), text.encode())
     for name, found in scores.tables.items():
         write_bytes(join(out, f"{name}.csv"), found.to_csv().encode())
+        if name.startswith("moa_"):
+            save(confusion_matrix(found, title=name.replace("_", " ")), join(out, f"{name}.png"))
     write_bytes(join(out, "_config.yaml"), config.yaml().encode())
     content = {
         "protocol": protocol,

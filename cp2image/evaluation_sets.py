@@ -16,6 +16,7 @@ from cp2image.checkpoint import Model, load_model
 from cp2image.columns import PLATE
 from cp2image.config import Config
 from cp2image.data.identity import cell_keys
+from cp2image.data.quality import autocorrelation
 from cp2image.data.schema import (
     PATCH,
     ROW_GROUP,
@@ -35,6 +36,7 @@ from cp2image.tracking import tracking_uri
 _CONTROL_CELLS = 2_000
 _DRAWN_AGAIN = 200
 """Cells that are drawn several times, to see how far draws differ."""
+_NOISE_BELOW = 0.5
 _CELLS_PER_TASK = 256
 """Fewest cells of a unit, where there are that many."""
 
@@ -53,12 +55,15 @@ class MeasuredCells:
         Of the cells to show, 8 bit, (shown, C, H, W).
     embedded
         Embedding → vectors, (N, D).
+    noise
+        Patches at acquisition scale that are camera noise, (N,).
     """
 
     table: pd.DataFrame
     measured: pd.DataFrame
     patches: NDArray[np.uint8]
     embedded: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    noise: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, np.bool_))
 
     @property
     def without_nucleus(self) -> int:
@@ -337,6 +342,10 @@ class _Work:
             table, metadata, keys = table.take(pa.array(rows)), metadata.iloc[rows], keys[rows]
             patches = decode_patches(table, form)
             features = decode_features(table, source.columns)
+        with watch.part("judging"):
+            noise = np.zeros(len(patches), dtype=bool)
+            if form.normalisation == "none" and source.measured:
+                noise = autocorrelation(patches)[:, 0] < _NOISE_BELOW  # as in `judge_patches`
         with watch.part("normalising"):
             if form.normalisation == "none":
                 plates = metadata[PLATE].astype(str).tolist()
@@ -356,6 +365,7 @@ class _Work:
             columns = {
                 "key": pa.array(keys, type=pa.uint64()),
                 PATCH: pa.array(wanted, type=pa.binary()),
+                "noise": pa.array(noise),
             }
             if source.measured:
                 columns["measured"] = _rows(measured.to_numpy(dtype=np.float32))
@@ -408,6 +418,7 @@ def _assemble(tables: Sequence[pa.Table], number: int, source: _Source) -> Measu
         pd.DataFrame(values, columns=measured),
         np.frombuffer(shown, np.uint8).reshape(-1, *source.patch_format.shape),
         {name.removeprefix("embedded_"): _matrix(found, name) for name in names},
+        found["noise"].to_numpy(zero_copy_only=False),
     )
 
 

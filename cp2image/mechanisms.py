@@ -4,6 +4,7 @@ The check of the matching itself: on BBBC021's well means by CellProfiler the li
 is known (Ljosa et al., J Biomol Screen 18, 2013: 0.83 with means, 0.94 with factor analysis).
 """
 
+import gzip
 import io
 import json
 import re
@@ -25,6 +26,8 @@ from cp2image.figures.confusion import confusion_matrix
 from cp2image.metrics.factors import Factors
 from cp2image.metrics.moa import MoaMatch, match_moa, treatment_profiles
 from cp2image.storage import join, read_bytes, write_bytes
+
+_GZIP = b"\x1f\x8b"
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,7 @@ def read_wells(profiles: WellTable, joined: list[WellTable]) -> pd.DataFrame:
     for more in joined:
         table = _read(more)
         table = table[list(more.columns)].drop_duplicates()
-        shared = [name for name in table if name in wells]
+        shared = [str(name) for name in table if name in wells]
         if not shared:
             raise TableError(
                 f"{more.uri}: shares none of {', '.join(more.columns)} with the tables before it; "
@@ -163,10 +166,10 @@ def read_wells(profiles: WellTable, joined: list[WellTable]) -> pd.DataFrame:
 
 
 def _read(table: WellTable) -> pd.DataFrame:
-    packed = "gzip" if table.uri.endswith(".gz") else None
     try:
-        found = pd.read_csv(io.BytesIO(read_bytes(table.uri)), compression=packed)  # type: ignore[call-overload]
-    except (ValueError, OSError) as error:
+        data = read_bytes(table.uri)
+        found = pd.read_csv(io.BytesIO(gzip.decompress(data) if data[:2] == _GZIP else data))
+    except (ValueError, gzip.BadGzipFile, EOFError) as error:
         raise TableError(f"{table.uri}: not a CSV that can be read ({error})") from error
     require_columns(list(found.columns), list(table.columns.values()), table.uri)
     frame: pd.DataFrame = found.rename(columns={own: name for name, own in table.columns.items()})

@@ -46,6 +46,7 @@ def report(frechet, r, accuracy=0.5):
             "plates": ["P1", "P2"],
             "split": "validation",
             "normalisation": "plate_percentile",
+            "with_nucleus": {"real": 1.0, "generated": 0.9},
             "system": {"preset": "paper", "sees": ["features"]},
         },
         "training": {"seconds": 3600.0, "cells_seen": 1_000, "steps": 10},
@@ -155,6 +156,18 @@ def test_table_has_mean_spread_floor_and_excess():
     assert "| sees | features | features | |" in text.splitlines()[2]
     assert "over 2 seeds; 1,000 cells of 20 wells on 2 plates" in text
     assert "paper: 60 minutes" in text
+
+
+def test_a_system_without_nuclei_leaves_its_cells_of_the_table_empty():
+    blind = report(70, 0.2)
+    del blind["distances"]["cp"], blind["moa"]
+    blind["protocol"]["with_nucleus"]["generated"] = 0.01
+    reports = {("blind", 0): blind, ("new", 0): report(5, 0.6)}
+    table = tabulate(reports, ["blind", "new"])
+    text = to_markdown(table, reports)
+    assert "| Fréchet, cp ↓ | — | 5 | 2 |" in text
+    assert "| cells with a nucleus ↑ | 0.01 | 0.9 | 1 |" in text
+    assert "| NSC ↑ | — | 0.5 | 0.75 |" in text
 
 
 def test_a_finished_evaluation_is_not_repeated_unless_weights_or_settings_changed(

@@ -7,6 +7,7 @@ decomposition in each round (Barber, Bayesian Reasoning and Machine Learning, 20
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,23 +47,25 @@ class Factors:
         EvaluationError
             If there are fewer rows or columns than factors, or values that are not finite.
         """
-        x = np.asarray(x, dtype=np.float64)
+        x = np.asarray(x, np.float64)
         if x.ndim != 2 or min(x.shape) < factors or not np.isfinite(x).all():
             raise EvaluationError(
                 f"{factors} factors of a table of shape {x.shape}: expected finite values and at "
                 "least as many rows and columns as factors; ask for fewer"
             )
-        mean = x.mean(axis=0)
+        mean: NDArray[np.float64] = x.mean(axis=0)
         count, width = x.shape
         centred = (x - mean) / np.sqrt(count)
         variance = centred.var(axis=0) * count
-        noise, before = np.ones(width), -np.inf
-        loadings = np.zeros((width, factors))
+        noise: NDArray[Any] = np.ones(width)
+        before = -np.inf
+        loadings: NDArray[Any] = np.zeros((width, factors))
         for _ in range(_ROUNDS):
             root = np.sqrt(noise) + _SMALL
             _, values, axes = np.linalg.svd(centred / root, full_matrices=False)
             values, axes, rest = values[:factors] ** 2, axes[:factors], values[factors:]
-            loadings = (np.sqrt(np.maximum(values - 1, 0))[:, None] * axes * root).T
+            scaled = np.sqrt(np.maximum(values - 1, 0))[:, None] * axes * root
+            loadings = np.asarray(scaled.T, dtype=np.float64)
             likelihood = np.log(np.maximum(values, _SMALL)).sum() + (rest**2).sum()
             likelihood += factors + np.log(2 * np.pi) * width + np.log(noise + _SMALL).sum()
             likelihood *= -count / 2
