@@ -21,6 +21,7 @@ from cp2image.data.schema import decode_metadata
 from cp2image.data.splits import TRAIN
 from cp2image.dataset import CellDataset, open_dataset
 from cp2image.errors import EvaluationError
+from cp2image.evaluation_distances import describe_beside
 from cp2image.evaluation_scores import Copies, score_sets
 from cp2image.evaluation_sets import EvaluationSet, gather_cells, patches_of
 from cp2image.figures.canvas import save
@@ -87,7 +88,7 @@ class Report:
                 f"{found['frechet_half']:.3g} against a real-real floor of "
                 f"{found['floor_half']:.3g}; recall {found['recall']:.2f}, coverage "
                 f"{found['coverage']:.2f} (real cells: {found['recall_floor']:.2f}, "
-                f"{found['coverage_floor']:.2f}){_beside(found)}"
+                f"{found['coverage_floor']:.2f}){describe_beside(found)}"
             )
         if "moa" in self.beside:
             real, drawn = (self.beside["moa"][name]["nsc"] for name in ("real", "generated"))
@@ -108,27 +109,6 @@ class Report:
                 "generated cells as from real ones of the same wells (copies: far below 1)"
             )
         return "\n".join(lines)
-
-
-def _beside(found: dict[str, Any]) -> str:
-    """Say what else the report has of a distance."""
-    text = ""
-    if "frechet_interval_95_by_well" in found:
-        low, high = found["frechet_interval_95_by_well"]
-        text += f"; 95 % over wells: {low:.3g} to {high:.3g}"
-    if "limit" in found:
-        text += f"; endlessly many cells: {found['limit']:.3g}"
-    if "plates" in found:
-        plates = found["plates"]
-        text += (
-            f"; real plate against plate: {plates['frechet']:.3g} at n = {plates['n']:,}, halves "
-            f"of one: {plates['floor']:.3g}"
-        )
-    if found.get("noise_patches"):
-        text += f"; {found['noise_patches']} real patches are noise"
-        if "frechet_without_noise" in found:
-            text += f", without them {found['frechet_without_noise']:.3g}"
-    return text
 
 
 def evaluate(config: Config, watch: Stopwatch | None = None) -> Report:

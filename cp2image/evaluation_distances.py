@@ -101,3 +101,24 @@ def _over_wells(
     if real.shape[1] <= _MANY_DIMENSIONS and len(real) > real.shape[1]:
         found["frechet_interval_95_by_well"] = list(bootstrap_frechet(real, drawn, wells))
     return found
+
+
+def describe_beside(found: dict[str, Any]) -> str:
+    """Say what else the report has of a distance."""
+    text = ""
+    if "frechet_interval_95_by_well" in found:
+        low, high = found["frechet_interval_95_by_well"]
+        text += f"; 95 % over wells: {low:.3g} to {high:.3g}"
+    if "limit" in found:
+        text += f"; endlessly many cells: {found['limit']:.3g}"
+    if "plates" in found:
+        plates = found["plates"]
+        text += (
+            f"; real plate against plate: {plates['frechet']:.3g} at n = {plates['n']:,}, halves "
+            f"of one: {plates['floor']:.3g}"
+        )
+    if found.get("noise_patches"):
+        text += f"; {found['noise_patches']} real patches are noise"
+        if "frechet_without_noise" in found:
+            text += f", without them {found['frechet_without_noise']:.3g}"
+    return text

@@ -79,5 +79,5 @@ class Factors:
         """Return the expected factors of rows, (N, D) to (N, K)."""
         weighted = self.loadings / self.noise[:, None]
         precision = np.eye(self.loadings.shape[1]) + self.loadings.T @ weighted
-        found: NDArray[np.float64] = np.linalg.solve(precision, weighted.T @ (x - self.mean).T).T
-        return found
+        deviation = np.asarray(x, dtype=np.float64) - self.mean
+        return np.asarray(np.linalg.solve(precision, weighted.T @ deviation.T).T, dtype=np.float64)
