@@ -31,7 +31,7 @@ from cp2image.data.schema import PatchFormat, decode_features, decode_metadata
 from cp2image.data.splits import Splits
 from cp2image.errors import CheckpointError, ColumnError, StorageError
 from cp2image.mlflow_store import mlflow_store
-from cp2image.models.presets import PRESETS, build_drawer
+from cp2image.models.presets import PRESETS, build_drawer, reconstructs
 from cp2image.storage import exists, join, name_of, read_bytes, write_bytes
 
 FORMAT_VERSION = 1
@@ -116,8 +116,16 @@ class Model:
         """Format of the patches it draws: 8 bit, in the model's own normalisation."""
         return PatchFormat(self.channels, self.card.patch_size, "uint8", 8, self.intensity.kind)
 
+    @property
+    def reconstructs(self) -> bool:
+        """Whether it draws cells from their own images, where it is shown them."""
+        return reconstructs(self.card.preset)
+
     def generate(
-        self, profiles: pd.DataFrame | pa.Table | NDArray[Any], seed: int = 0
+        self,
+        profiles: pd.DataFrame | pa.Table | NDArray[Any],
+        seed: int = 0,
+        images: NDArray[np.float32] | None = None,
     ) -> NDArray[np.uint8]:
         """Draw one patch per row.
 
@@ -131,6 +139,9 @@ class Model:
         seed
             Another seed is another draw, of the same cells where their identity is known; the
             ``paper`` model has no noise and ignores it.
+        images
+            The cells themselves for ``vae`` and ``vaeplus`` to reconstruct, (N, C, H, W) in [0, 1]
+            as ``intensity.apply`` makes them; without them these two draw from noise.
 
         Returns
         -------
@@ -142,7 +153,7 @@ class Model:
         ColumnError
             If features are missing or doubled, with the nearest names, or hold no numbers.
         CheckpointError
-            If an array has another width.
+            If an array has another width, or images are given that do not fit the model.
         """
         if isinstance(profiles, pa.Table | pd.DataFrame):
             if isinstance(profiles, pa.Table):
@@ -163,27 +174,48 @@ class Model:
                 )
             plates = [""] * len(values)
             keys = np.arange(len(values), dtype=np.uint64)
-        return self.draw(self.scaling.apply(values, plates), keys, seed)
+        return self.draw(self.scaling.apply(values, plates), keys, seed, images)
 
     def draw(
-        self, scaled: NDArray[np.float32], keys: NDArray[np.uint64], seed: int = 0
+        self,
+        scaled: NDArray[np.float32],
+        keys: NDArray[np.uint64],
+        seed: int = 0,
+        images: NDArray[np.float32] | None = None,
     ) -> NDArray[np.uint8]:
-        """Draw from features that are scaled already, (N, p); ``keys`` name the cells."""
-        out = np.empty((len(scaled), *self.patch_format.shape), dtype=np.uint8)
-        size = _PASS[torch.device(self._device).type]
+        """Draw from features that are scaled already, (N, p); ``keys`` name the cells.
+
+        Raises
+        ------
+        CheckpointError
+            If images are given to a model that does not see any, or are not (N, C, H, W).
+        """
+        shape = (len(scaled), *self.patch_format.shape)
+        if images is not None and not (self.reconstructs and images.shape == shape):
+            raise CheckpointError(
+                f"images of shape {images.shape} for {len(scaled)} cells: the model "
+                f"{self.card.preset!r} takes "
+                + (f"{shape}" if self.reconstructs else "none: it draws without them")
+            )
+        out = np.empty(shape, dtype=np.uint8)
+        size, device = _PASS[torch.device(self._device).type], self._device
         for start in range(0, len(scaled), size):
-            part = full = scaled[start : start + size]
-            named = keys[start : start + size].astype(np.uint64).view(np.int64)
-            if len(part) < size:
-                full = np.zeros((size, scaled.shape[1]), dtype=np.float32)
-                full[: len(part)] = part
-                named = np.pad(named, (0, size - len(part)))
-            features, names = (torch.from_numpy(x).to(self._device) for x in (full, named))
+            part = slice(start, start + size)
+            count = len(scaled[part])
+            features = _filled(np.asarray(scaled[part], dtype=np.float32), size).to(device)
+            names = _filled(keys[part].astype(np.uint64).view(np.int64), size).to(device)
+            seen = None if images is None else _filled(images[part], size).to(device)
             with torch.inference_mode():
-                drawn = self._drawer(features, names, seed)
-                pixels = drawn[: len(part)].clamp_(0, 1).mul_(255).round_().to(torch.uint8)
-            out[start : start + len(part)] = pixels.cpu().numpy()
+                drawn = self._drawer(features, names, seed, seen)
+                pixels = drawn[:count].clamp_(0, 1).mul_(255).round_().to(torch.uint8)
+            out[part] = pixels.cpu().numpy()
         return out
+
+
+def _filled(rows: NDArray[Any], size: int) -> Tensor:
+    """Fill up with zeros to ``size`` rows: every pass is of one size."""
+    missing = [(0, size - len(rows)), *[(0, 0)] * (rows.ndim - 1)]
+    return torch.from_numpy(np.pad(rows, missing) if len(rows) < size else rows)
 
 
 def _decode(table: pa.Table, features: Sequence[str]) -> NDArray[Any]:

@@ -1,7 +1,7 @@
 """Several systems and seeds: train, generate and evaluate each, one table. Above the steps."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
@@ -115,6 +115,9 @@ def compare(config: Config) -> Comparison:
 def derive(config: Config, system: str, seed: int) -> Config:
     """Return the experiment of one system and seed, in a folder of its own.
 
+    A system with ``trained_as: OTHER`` is the other one's checkpoint with what else it names, such
+    as ``generate: {by: prior}``: it is not trained again.
+
     Raises
     ------
     ConfigError
@@ -122,14 +125,14 @@ def derive(config: Config, system: str, seed: int) -> Config:
     """
     data = config.model_dump()
     cells = data["train"]["input"]
-    folder = join(config.compare.output, system, f"seed-{seed}")
+    folder, changes, trained = _place(config, system, seed)
     data["run"] |= {"folder": folder, "seed": seed, "name": f"{config.run.name}-{system}-{seed}"}
     data["tracking"]["uri"] = tracking_uri(config) if config.tracking.enabled else None
-    data["train"]["output"] = ""
-    data["generate"] |= {"input": cells, "checkpoint": "", "output": ""}
-    data["evaluate"] |= {"real": cells, "generated": "", "checkpoint": "", "output": ""}
+    data["train"]["output"] = join(trained, "checkpoint")
+    checkpoint = data["train"]["output"]
+    data["generate"] |= {"input": cells, "checkpoint": checkpoint, "output": ""}
+    data["evaluate"] |= {"real": cells, "generated": "", "checkpoint": checkpoint, "output": ""}
     data["compare"]["systems"] = {}
-    changes = config.compare.systems[system]
     for section, values in changes.items():
         if not isinstance(values, dict):
             raise ConfigError(
@@ -141,6 +144,28 @@ def derive(config: Config, system: str, seed: int) -> Config:
         return Config.model_validate(data).resolve()
     except ValidationError as error:
         raise ConfigError(f"compare.systems.{system}: {explain(error, Config)}") from error
+
+
+def _place(config: Config, system: str, seed: int) -> tuple[str, dict[str, Any], str]:
+    """Return a run's folder, its sections of settings, and the folder its checkpoint is in."""
+    systems, out = config.compare.systems, config.compare.output
+    own = dict(systems[system])
+    other = own.pop("trained_as", system)
+    folder, trained = (join(out, str(name), f"seed-{seed}") for name in (system, other))
+    if other == system:
+        return folder, own, trained
+    if other not in systems or "trained_as" in systems[other]:
+        raise ConfigError(
+            f"compare.systems.{system}: trained_as {other!r}; expected a system of the list that "
+            "is trained itself"
+        )
+    fixed = sorted({"train", "split", "scaling"} & set(own))
+    if fixed:
+        raise ConfigError(
+            f"compare.systems.{system}: {', '.join(fixed)} belong to {other!r}, whose checkpoint "
+            "this is; leave them out or drop trained_as"
+        )
+    return folder, _merge(dict(systems[other]), own), trained
 
 
 def _merge(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -170,24 +195,37 @@ def _run(config: Config) -> dict[str, Any]:
     return report
 
 
-def _metrics(report: Mapping[str, Any]) -> Iterator[Metric]:
-    for name in report["distances"]:
+def _metrics(reports: Iterable[Mapping[str, Any]]) -> Iterator[Metric]:
+    """List what any of the reports has; systems that draw no nuclei have no features to compare."""
+    reports = list(reports)
+    yield Metric(
+        "cells with a nucleus",
+        ("protocol", "with_nucleus", "generated"),
+        ("protocol", "with_nucleus", "real"),
+    )
+    for name in dict.fromkeys(name for report in reports for name in report["distances"]):
         place = ("distances", name)
         yield Metric(
             f"Fréchet, {name}", (*place, "frechet_half"), (*place, "floor_half"), lower=True
         )
+        yield Metric(f"Fréchet, {name}, N → ∞", (*place, "limit"), lower=True)
         yield Metric(f"KID, {name}", (*place, "kernel"), (*place, "kernel_floor"), lower=True)
         for share in ("recall", "coverage", "precision"):
             yield Metric(f"{share}, {name}", (*place, share), (*place, f"{share}_floor"))
     yield Metric("features with r > 0.5", ("correlation", "model", "share_above_half"))
     yield Metric("mean r", ("correlation", "model", "mean_r"))
-    if "moa" in report:
+    if any("moa" in report for report in reports):
         yield Metric(
             "NSC",
             ("moa", "generated", "nsc", "accuracy"),
             ("moa", "real", "nsc", "accuracy"),
         )
-    if "copies" in report:
+        yield Metric(
+            "NSCB",
+            ("moa", "generated", "nscb", "accuracy"),
+            ("moa", "real", "nscb", "accuracy"),
+        )
+    if any("copies" in report for report in reports):
         yield Metric("distance to training cells", ("copies", "generated_over_real"))
 
 
@@ -217,7 +255,7 @@ def tabulate(
         what the reports give), ``excess`` over it (mean − floor), ``lower`` if less is better.
     """
     rows = []
-    metrics = list(_metrics(next(iter(reports.values()))))
+    metrics = list(_metrics(reports.values()))
     for metric in metrics:
         for system in systems:
             own = [report for (name, _), report in reports.items() if name == system]
@@ -231,7 +269,7 @@ def tabulate(
     return pd.DataFrame(rows, columns=columns)
 
 
-def to_markdown(table: pd.DataFrame, reports: Mapping[Any, Mapping[str, Any]]) -> str:
+def to_markdown(table: pd.DataFrame, reports: Mapping[tuple[str, int], Mapping[str, Any]]) -> str:
     """Write the table with systems as columns, and its protocol below."""
     systems = list(dict.fromkeys(table["system"]))
     lines = [
@@ -244,6 +282,8 @@ def to_markdown(table: pd.DataFrame, reports: Mapping[Any, Mapping[str, Any]]) -
         cells = [_cell(found.loc[name, "mean"], found.loc[name, "sd"]) for name in systems]
         cells.append(_cell(found["floor"].mean()))
         lines.append(f"| {metric} {sign} | " + " | ".join(cells) + " |")
+    sees = {name: r["protocol"]["system"]["sees"] for (name, _), r in reports.items()}
+    lines.insert(2, "| sees | " + " | ".join(" and ".join(sees[n]) for n in systems) + " | |")
     protocol = next(iter(reports.values()))["protocol"]
     seeds = int(table["seeds"].min())
     spent = [
@@ -259,11 +299,26 @@ def to_markdown(table: pd.DataFrame, reports: Mapping[Any, Mapping[str, Any]]) -
         f"{protocol['wells']} wells on {len(protocol['plates'])} plates, split "
         f"{protocol['split']!r}; {protocol['normalisation']}; Fréchet distances, precision, recall "
         "and coverage: half of the real cells against the cells drawn for the other half, floor: "
-        "the two real halves; KID: all cells, floor: the two halves.",
+        "the two real halves; KID: all cells, floor: the two halves; N → ∞: all cells, a line over "
+        "1/N followed to 0 (Chong and Forsyth 2020).",
+        *_plates(reports),
         f"Training: {'; '.join(spent)}.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _plates(reports: Mapping[tuple[str, int], Mapping[str, Any]]) -> list[str]:
+    """Say how far real plates are from each other, for scale."""
+    report, lines = next(iter(reports.values())), []
+    for name, found in report["distances"].items():
+        if "plates" in found:
+            plates = found["plates"]
+            lines.append(
+                f"Real plates apart, {name}: {plates['frechet']:.3g} (halves of one plate: "
+                f"{plates['floor']:.3g}), n = {plates['n']:,}, {plates['pairs']} pairs."
+            )
+    return lines
 
 
 def _cell(mean: float, sd: float = float("nan")) -> str:

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from cp2image.columns import CATEGORIES, nearest
 from cp2image.config_explore import Explore
+from cp2image.config_scoring import Mechanisms, Sanity
 from cp2image.config_section import Amount, Count, Name, NotNegative, Positive, Section, Share
 from cp2image.config_tune import Score, Tune
 from cp2image.errors import ConfigError
@@ -180,7 +181,7 @@ class Scaling(Section):
     """Further columns to leave out, by name or pattern (``*_ZernikePhase_*``)."""
     max_correlation: Share | None = None
     """Of two features that correlate more than this over training cells, the second is left out.
-    None: 1 (all stay) for the ``paper`` preset, 0.98 for ``cp2image-s``."""
+    None: 0.98 for the preset ``cp2image-s``, 1 (all stay) for the others."""
 
 
 class Stochastic(Section):
@@ -203,35 +204,49 @@ class Stochastic(Section):
     """Share of the training, its last, in which the learning rates fall to 0 in a line."""
 
 
+_IMAGE_LOSSES = ("paper", "vae", "vaeplus")
+_SETTINGS_OF = {
+    "stochastic": ("cp2image-s",),
+    "optimiser": _IMAGE_LOSSES,
+    "learning_rate": (*_IMAGE_LOSSES, "lsgan"),
+    "gamma": ("paper", "vaeplus"),
+    "gamma_ramp": ("paper", "vaeplus"),
+    "beta": ("vae", "vaeplus"),
+}
+"""Setting of training → the presets that have it."""
+
+
 class Train(Section):
     """One training run."""
 
     input: str = ""
     output: str = ""
-    preset: Literal["paper", "cp2image-s"] = "paper"
+    preset: Literal["paper", "cp2image-s", "vae", "vaeplus", "lsgan"] = "paper"
     """``paper`` is the published network; ``cp2image-s`` draws one of the cells that a profile
-    allows, see `Stochastic`."""
+    allows, see `Stochastic`. ``vae`` and ``vaeplus`` see the image, ``lsgan`` noise alone."""
     stochastic: Stochastic = Stochastic()
     optimiser: Literal["as_run", "as_named"] = "as_run"
     """The authors' code swaps two learning-rate names; ``as_run`` is what it executes."""
     learning_rate: Amount | None = None
-    """Of the generator; None: the optimiser setting's own."""
+    """Of the generator; None: the optimiser setting's own, 2e-4 for ``lsgan``."""
     gamma: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
     """Final weights γ₁…γ₄ of the hidden-layer losses."""
     gamma_ramp: Positive = 2500
     """Steps: γᵢ rises from 0 at ``gamma_ramp·i`` to its final value at ``gamma_ramp·(i+1)``."""
+    beta: NotNegative | None = None
+    """Weight of KL; None: 1 for ``vae``, 2 for ``vaeplus``."""
     steps: Positive = 680_000
     minutes: Amount | None = None
     """Stop after this many minutes of training even if ``steps`` are not reached."""
     batch_size: Positive | None = None
-    """Cells per step over all workers. None: as many as treatments, the paper's 104, for
-    ``paper``; for ``cp2image-s`` 4, or 64 on a GPU: on CPUs many small steps go furthest."""
+    """Cells per step over all workers. None: as many as treatments, the paper's 104; 64 for
+    ``lsgan``; for ``cp2image-s`` 4, or 64 on a GPU: on CPUs many small steps go furthest."""
     balance: Literal["treatment", "cell"] = "treatment"
     """Draw every treatment alike (the paper's way), or every cell alike: better where many
     treatments have a handful of cells, which would be seen again and again."""
     normalisation: Literal["per_patch_max", "plate_percentile"] | None = None
-    """Of patches. None: the paper's ``per_patch_max`` for ``paper``; ``plate_percentile`` for
-    ``cp2image-s``, which keeps what intensity features are about."""
+    """Of patches. None: ``plate_percentile`` for ``cp2image-s``, which keeps what intensity
+    features are about; for the others the paper's ``per_patch_max``."""
     workers: Positive = 1
     threads: Positive | None = None
     """Torch threads per worker; None: the CPUs divided by the workers."""
@@ -245,24 +260,24 @@ class Train(Section):
 
     @model_validator(mode="after")
     def _refuse_the_other_presets(self) -> "Train":
-        papers = ("optimiser", "learning_rate", "gamma", "gamma_ramp")
-        for name in ("stochastic",) if self.preset == "paper" else papers:
-            if getattr(self, name) != Train.model_fields[name].get_default():
+        for name, presets in _SETTINGS_OF.items():
+            default = Train.model_fields[name].get_default()
+            if self.preset not in presets and getattr(self, name) != default:
                 raise ValueError(
                     f"{name} is not a setting of the preset {self.preset!r}: leave it out, or "
-                    "choose the other preset"
+                    f"choose another preset ({', '.join(presets)})"
                 )
         return self
 
     def cells_per_step(self, treatments: int) -> int:
         """Cells per step over all workers, the preset's own where none is set."""
-        own = treatments if self.preset == "paper" else 64 if self.gpu else 4
+        own = {"cp2image-s": 64 if self.gpu else 4, "lsgan": 64}.get(self.preset, treatments)
         return self.batch_size or max(own, self.workers)
 
     @property
     def intensity(self) -> str:
         """The normalisation of patches, the preset's own where none is set."""
-        own = "per_patch_max" if self.preset == "paper" else "plate_percentile"
+        own = "plate_percentile" if self.preset == "cp2image-s" else "per_patch_max"
         return self.normalisation or own
 
 
@@ -278,6 +293,8 @@ class Generate(Section):
     """Only these; empty: all."""
     split: Literal["all", "train", "validation", "test"] = "all"
     """Only the cells of one split of the checkpoint's training run."""
+    by: Literal["reconstruction", "prior"] | None = None
+    """How ``vae`` and ``vaeplus`` draw: from the input's own patches (None, too), or from noise."""
     gpu: bool = False
     bf16: bool = False
     """Draw in bfloat16: for GPUs, and CPUs that have it in hardware."""
@@ -296,6 +313,8 @@ class Evaluate(Section):
     embeddings: list[Literal["cp", "filterbank", "inception"]] = ["cp", "filterbank"]
     inception_weights: Annotated[str, Field(min_length=1)] | None = None
     """URI of the FID Inception network's weights (safetensors or a torch state dict)."""
+    allow_singular: bool = False
+    """Score no more cells than Inception has dimensions (2,048) all the same."""
     families: list[str] | None = None
     draws: Count = 4
     """Further draws of 200 cells, to see which features they agree in; 0: none. ``paper`` has no
@@ -398,13 +417,15 @@ class Config(Section):
     explore: Explore = Explore()
     score: Score = Score()
     tune: Tune = Tune()
+    mechanisms: Mechanisms = Mechanisms()
+    sanity: Sanity = Sanity()
     benchmark: Benchmark = Benchmark()
     tracking: Tracking = Tracking()
 
     @property
     def max_correlation(self) -> float:
         """Largest correlation of two features that both stay, the preset's own where unset."""
-        own = 1.0 if self.train.preset == "paper" else 0.98
+        own = 0.98 if self.train.preset == "cp2image-s" else 1.0
         return own if self.scaling.max_correlation is None else self.scaling.max_correlation
 
     def resolve(self) -> "Config":
@@ -435,6 +456,8 @@ class Config(Section):
                 "output": join(folder, "exploration"),
             },
             "tune": {"output": join(folder, "tuning")},
+            "mechanisms": {"output": join(folder, "mechanisms")},
+            "sanity": {"input": join(folder, "cells"), "output": join(folder, "sanity")},
             "benchmark": {"output": join(folder, "benchmark")},
         }
         data = self.model_dump()
@@ -468,7 +491,12 @@ class Config(Section):
         prepare["image_folders"] = {start: _absolute(goal) for start, goal in folders.items()}
         if prepare["stacks"]:
             prepare["stacks"]["index"] = _absolute(prepare["stacks"]["index"])
-        for extra in prepare["metadata_files"]:
+        wells = data["mechanisms"]
+        for extra in [
+            *prepare["metadata_files"],
+            *wells["joined"],
+            *filter(None, [wells["profiles"]]),
+        ]:
             extra["uri"] = _absolute(extra["uri"])
         return Config.model_validate(data)
 
@@ -494,14 +522,17 @@ class Config(Section):
                 raise ConfigError(f"no section {section!r} in a config{nearest(section, known)}")
             for place in ("input", "output", "checkpoint"):
                 chosen[section].pop(place, None)
-            if section == "split" and chosen[section]["seed"] is None:
-                del chosen[section]["seed"]
             if isinstance(chosen[section].get("plates"), list):
                 del chosen[section]["plates"]
+            for later in _LATER.get(section, ()):
+                if chosen[section][later] is None:
+                    del chosen[section][later]
         text = json.dumps([chosen, sorted(inputs)], sort_keys=True)
         return sha256(text.encode()).hexdigest()[:16]
 
 
+_LATER = {"split": ("seed",), "train": ("beta",), "generate": ("by",)}
+"""Settings that count only where they are set: what was made before they came stays valid."""
 _JOB_COPY = "/runtime_resources/working_dir_files/"
 _PATHS = {
     "run": ["folder"],
@@ -514,6 +545,8 @@ _PATHS = {
     "compare": ["output"],
     "explore": ["input", "checkpoint", "output"],
     "tune": ["output"],
+    "mechanisms": ["output"],
+    "sanity": ["input", "output"],
     "benchmark": ["output"],
 }
 

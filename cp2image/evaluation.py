@@ -21,9 +21,11 @@ from cp2image.data.schema import decode_metadata
 from cp2image.data.splits import TRAIN
 from cp2image.dataset import CellDataset, open_dataset
 from cp2image.errors import EvaluationError
+from cp2image.evaluation_distances import describe_beside
 from cp2image.evaluation_scores import Copies, score_sets
 from cp2image.evaluation_sets import EvaluationSet, gather_cells, patches_of
 from cp2image.figures.canvas import save
+from cp2image.figures.confusion import confusion_matrix
 from cp2image.figures.curves import best_features, correlation_boxes, correlation_curve
 from cp2image.figures.patches import figure_pairs, figure_rows
 from cp2image.metrics.correlation import (
@@ -33,9 +35,12 @@ from cp2image.metrics.correlation import (
     group_moments,
     summarise_correlation,
 )
+from cp2image.metrics.inception import DIMENSION
+from cp2image.models.presets import sees
 from cp2image.stopwatch import Stopwatch
-from cp2image.storage import join, write_bytes
+from cp2image.storage import exists, join, read_bytes, write_bytes
 from cp2image.tracking import record, tracking_uri
+from cp2image.yaml_dialect import load_yaml
 
 _SHOWN = 24
 _SHOWN_DRAWS = 12
@@ -83,7 +88,7 @@ class Report:
                 f"{found['frechet_half']:.3g} against a real-real floor of "
                 f"{found['floor_half']:.3g}; recall {found['recall']:.2f}, coverage "
                 f"{found['coverage']:.2f} (real cells: {found['recall_floor']:.2f}, "
-                f"{found['coverage_floor']:.2f})"
+                f"{found['coverage_floor']:.2f}){describe_beside(found)}"
             )
         if "moa" in self.beside:
             real, drawn = (self.beside["moa"][name]["nsc"] for name in ("real", "generated"))
@@ -138,18 +143,32 @@ def evaluate(config: Config, watch: Stopwatch | None = None) -> Report:
     with watch.part("recording in MLflow"), record(config, "evaluate") as recorder:
         with watch.part("pairing"):
             pairs = _pair(real, generated, model, settings)
+        _refuse_few(len(pairs), settings)
         print(f"evaluate: {len(pairs):,} cells in both sets", flush=True)
         with watch.part("moving"):
             looks = any(name != "cp" for name in settings.embeddings)
             limit = settings.training_cells if looks else 0
             training = _training_keys(real, model, pairs, limit)
             shown = _spread(pairs, _SHOWN)
-            sets = gather_cells(config, model, real, generated, pairs, shown, training, watch)
+            image = _is_shown(settings.generated, model)
+            sets = gather_cells(
+                config, model, real, generated, pairs, shown, training, watch, shown_images=image
+            )
         with watch.part("writing"):
-            report = _report(config, model, (real, generated), sets, watch)
+            seen = sees(model.card.preset, image=image)
+            report = _report(config, model, (real, generated), sets, watch, seen)
         recorder.metrics(_flat(report))
         recorder.folder(settings.output, "report")
     return report
+
+
+def _is_shown(generated: str, model: Model) -> bool:
+    """Tell from the config beside a screen whether the model was shown the cells it drew."""
+    place = join(generated, "_config.yaml")
+    by = None
+    if model.reconstructs and exists(place):
+        by = (load_yaml(read_bytes(place).decode()) or {}).get("generate", {}).get("by")
+    return model.reconstructs and by != "prior"
 
 
 def _pair(
@@ -175,6 +194,16 @@ def _pair(
     turn = both.groupby([PLATE, WELL]).cumcount()
     chosen = both.assign(turn=turn).sort_values(["turn", "key"]).head(settings.cells)
     return chosen.drop(columns="turn").sort_values("key", ignore_index=True)
+
+
+def _refuse_few(cells: int, settings: Evaluate) -> None:
+    """Refuse Inception's 2,048 dimensions for fewer cells, before anything is embedded."""
+    if "inception" in settings.embeddings and cells <= DIMENSION and not settings.allow_singular:
+        raise EvaluationError(
+            f"{cells:,} cells for the {DIMENSION:,} dimensions of Inception: the covariance is "
+            "singular and FID mostly tells the sample size; score more cells, leave 'inception' "
+            "out of evaluate.embeddings, or ask for it all the same (evaluate.allow_singular=true)"
+        )
 
 
 def _keyed(dataset: CellDataset, plates: list[str]) -> pd.DataFrame:
@@ -205,6 +234,7 @@ def _report(
     datasets: tuple[CellDataset, CellDataset],
     sets: EvaluationSet,
     watch: Stopwatch,
+    seen: tuple[str, ...],
 ) -> Report:
     settings = config.evaluate
     out = settings.output
@@ -231,12 +261,17 @@ def _report(
         "plates": sorted(sets.cells[PLATE].astype(str).unique()),
         "wells": len(set(groups)),
         "split": settings.split,
+        "system": {"preset": model.card.preset, "sees": list(seen)},
         "pairing": "each generated cell against the real cell its features came from",
         "normalisation": f"{model.intensity.kind}, clamped to [0, 1], 8 bit, both sets",
         "measured": f"{len(names)} features without positions, the same code on both sets",
         "without_nucleus": {
             "real": sets.real.without_nucleus,
             "generated": sets.generated.without_nucleus,
+        },
+        "with_nucleus": {
+            "real": 1 - sets.real.without_nucleus / len(sets.cells),
+            "generated": 1 - sets.generated.without_nucleus / len(sets.cells),
         },
         "angles": "circular correlation (Jammalamadaka and SenGupta)",
         "shuffle_control_cells": 0 if sets.shuffled is None else len(sets.shuffled),
@@ -255,6 +290,8 @@ def _report(
         write_bytes(join(out, f"correlation_{name.replace(' ', '_')}.csv"), text.encode())
     for name, found in scores.tables.items():
         write_bytes(join(out, f"{name}.csv"), found.to_csv().encode())
+        if name.startswith("moa_"):
+            save(confusion_matrix(found, title=name.replace("_", " ")), join(out, f"{name}.png"))
     write_bytes(join(out, "_config.yaml"), config.yaml().encode())
     content = {
         "protocol": protocol,

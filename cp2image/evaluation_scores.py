@@ -1,6 +1,6 @@
 """From two gathered sets to numbers: distances, variety, mechanisms, copies, consistency. Step."""
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -10,15 +10,18 @@ from numpy.typing import NDArray
 from cp2image.columns import COMPOUND, MOA, PLATE, parse_column
 from cp2image.config import Config
 from cp2image.data.scaling import is_control
+from cp2image.evaluation_distances import compare_sets
 from cp2image.evaluation_sets import EvaluationSet
 from cp2image.metrics.correlation import compared_features
-from cp2image.metrics.coverage import coverage, nearest
+from cp2image.metrics.coverage import nearest
 from cp2image.metrics.embedding import CellProfilerEmbedding
-from cp2image.metrics.frechet import Moments, frechet_distance, kernel_distance
-from cp2image.metrics.moa import MoaMatch, match_moa, treatment_profiles
+from cp2image.metrics.frechet import Moments, frechet_distance
+from cp2image.metrics.moa import MoaMatch, TreatmentProfiles, match_moa, treatment_profiles
 from cp2image.stopwatch import Stopwatch
 
 _CLOSEST = 12
+_FEWEST = 40
+"""Fewest cells with a nucleus in both sets whose features are compared as distributions."""
 _BATCH = "Metadata_Batch"
 
 
@@ -75,34 +78,43 @@ def score_sets(config: Config, sets: EvaluationSet, watch: Stopwatch) -> Scores:
     """
     real, drawn = sets.real.measured, sets.generated.measured
     complete = (real.notna().any(axis=1) & drawn.notna().any(axis=1)).to_numpy()
-    scores = Scores({})
+    scores, noise = Scores({}), sets.real.noise
+    control = is_control(sets.cells, config.scaling.control)
+    chosen = control if control.any() else np.ones(len(control), dtype=bool)
     for name in config.evaluate.embeddings:
+        if name == "cp" and np.count_nonzero(complete) < _FEWEST:
+            continue  # what is drawn shows no nuclei: the report says how many are without one
         if name == "cp":
             with watch.part("embedding"):
                 embedding = CellProfilerEmbedding.fit(real[complete])
                 vectors = [embedding.embed(part[complete]) for part in (real, drawn)]
             with watch.part("distances"):
-                scores.distances[name] = {**_compare(*vectors), **embedding.protocol}
+                held, made = vectors
+                found = compare_sets(
+                    held, made, sets.cells[complete], chosen[complete], noise[complete]
+                )
+                scores.distances[name] = {**found, **embedding.protocol}
             if sets.shuffled is not None:
-                control = _control(sets, sets.shuffled, embedding, complete, vectors, watch)
-                scores.distances[name]["shuffle_control"] = control
+                shuffled = _control(sets, sets.shuffled, embedding, complete, vectors, watch)
+                scores.distances[name]["shuffle_control"] = shuffled
             if COMPOUND in sets.cells and MOA in sets.cells:
                 with watch.part("mechanisms"):
                     _score_moa(config, sets.cells[complete], vectors, scores)
         else:
             with watch.part("distances"):
-                found = [part.embedded[name] for part in (sets.real, sets.generated)]
-                scores.distances[name] = {**_compare(*found), **sets.protocols[name]}
+                held, made = (part.embedded[name] for part in (sets.real, sets.generated))
+                found = compare_sets(held, made, sets.cells, chosen, noise)
+                scores.distances[name] = {**found, **sets.protocols[name]}
     if sets.draws:
         scores.tables["consistency"] = table = consistency(real, sets.draws, sets.drawn_rows)
         scores.beside["consistency"] = _sum_up(table, sets)
     if not sets.training:
         return scores
-    chosen, training = next(iter(sets.training.items()))
+    looked_at, training = next(iter(sets.training.items()))
     with watch.part("nearest training cells"):
-        seen, made = (part.embedded[chosen] for part in (sets.real, sets.generated))
-        copies, summary = _copies(sets, seen, made, training)
-    scores.beside["copies"] = {"embedding": chosen, **summary}
+        held, made = (part.embedded[looked_at] for part in (sets.real, sets.generated))
+        copies, summary = _copies(sets, held, made, training)
+    scores.beside["copies"] = {"embedding": looked_at, **summary}
     return replace(scores, copies=copies)
 
 
@@ -130,39 +142,6 @@ def _control(
         }
 
 
-def _compare(real: NDArray[np.float32], drawn: NDArray[np.float32]) -> dict[str, Any]:
-    """Distances at full size, and at half size beside the floor of real against real.
-
-    Half the real cells stand against the other half (the floor) and against the generated cells
-    of that other half, so floor and distance have the same size and the same wells.
-    """
-    order = np.random.default_rng(0).permutation(len(real))
-    first, second = order[0::2], order[1::2]
-    small = len(second) <= real.shape[1]
-    kernel = kernel_distance(real, drawn)
-    floor = kernel_distance(real[first], real[second])
-    half = [Moments.of(part) for part in (real[first], real[second], drawn[second])]
-    found = {
-        "n": len(real),
-        "dimension": real.shape[1],
-        "frechet": frechet_distance(Moments.of(real), Moments.of(drawn), allow_singular=small),
-        "half_n": len(second),
-        "frechet_half": frechet_distance(half[0], half[2], allow_singular=small),
-        "floor_half": frechet_distance(half[0], half[1], allow_singular=small),
-        "singular": small,
-        "kernel": kernel.mean,
-        "kernel_standard_error": kernel.standard_error,
-        "kernel_floor": floor.mean,
-        "kernel_floor_standard_error": floor.standard_error,
-    }
-    if len(second) > 5:
-        around = coverage(real[first], drawn[second])
-        between = coverage(real[first], real[second])
-        found |= asdict(around)
-        found |= {f"{name}_floor": v for name, v in asdict(between).items() if name != "neighbours"}
-    return found
-
-
 def _score_moa(
     config: Config, cells: pd.DataFrame, vectors: list[NDArray[np.float32]], scores: Scores
 ) -> None:
@@ -170,10 +149,12 @@ def _score_moa(
     control = is_control(cells, config.scaling.control)
     cells = cells.reset_index(drop=True)
     found: dict[str, Any] = {}
+    profiles: list[TreatmentProfiles] = []
     for name, values in zip(("real", "generated"), vectors, strict=True):
         known = treatment_profiles(values, cells, control)
         if not len(known.profiles):
             return
+        profiles.append(known)
         batches = known.plates
         if _BATCH in cells:
             batch = dict(zip(cells[PLATE].astype(str), cells[_BATCH].astype(str), strict=True))
@@ -181,10 +162,24 @@ def _score_moa(
         nsc = match_moa(known.profiles, known.compounds, known.moas)
         nscb = match_moa(known.profiles, known.compounds, known.moas, batches)
         found[name] = {"nsc": _brief(nsc), "nscb": _brief(nscb)}
-        if nsc.treatments:
-            scores.tables[f"moa_{name}"] = nsc.confusion()
+        for label, match in (("", nsc), ("_nscb", nscb)):
+            if match.treatments:
+                scores.tables[f"moa_{name}{label}"] = match.confusion()
+    scores.tables["treatments"] = _by_treatment(*profiles)
     if found["generated"]["nsc"]["treatments"]:
         scores.beside["moa"] = found
+
+
+def _by_treatment(real: TreatmentProfiles, drawn: TreatmentProfiles) -> pd.DataFrame:
+    """Compare each treatment's real and generated profile: direction and length."""
+    lengths = [np.linalg.norm(one.profiles, axis=1) for one in (real, drawn)]
+    apart = np.linalg.norm(real.profiles - drawn.profiles, axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        cosine = (real.profiles * drawn.profiles).sum(axis=1) / (lengths[0] * lengths[1])
+        relative = apart / lengths[0]
+    columns = {"compound": real.compounds, "moa": real.moas, "cells": real.cells}
+    columns |= {"cosine": cosine, "distance": apart, "distance_over_effect": relative}
+    return pd.DataFrame(columns)
 
 
 def _brief(match: MoaMatch) -> dict[str, Any]:

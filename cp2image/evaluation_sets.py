@@ -16,6 +16,7 @@ from cp2image.checkpoint import Model, load_model
 from cp2image.columns import PLATE
 from cp2image.config import Config
 from cp2image.data.identity import cell_keys
+from cp2image.data.quality import autocorrelation
 from cp2image.data.schema import (
     PATCH,
     ROW_GROUP,
@@ -28,13 +29,14 @@ from cp2image.dataset import CellDataset, CellRange, read_range
 from cp2image.errors import DatasetError
 from cp2image.metrics.embedding import FilterBank, InceptionEmbedding, quantise
 from cp2image.metrics.measurement import measure
-from cp2image.models.presets import STOCHASTIC
+from cp2image.models.presets import sees
 from cp2image.stopwatch import Stopwatch
 from cp2image.tracking import tracking_uri
 
 _CONTROL_CELLS = 2_000
 _DRAWN_AGAIN = 200
 """Cells that are drawn several times, to see how far draws differ."""
+_NOISE_BELOW = 0.5
 _CELLS_PER_TASK = 256
 """Fewest cells of a unit, where there are that many."""
 
@@ -53,12 +55,15 @@ class MeasuredCells:
         Of the cells to show, 8 bit, (shown, C, H, W).
     embedded
         Embedding → vectors, (N, D).
+    noise
+        Patches at acquisition scale that are camera noise, (N,).
     """
 
     table: pd.DataFrame
     measured: pd.DataFrame
     patches: NDArray[np.uint8]
     embedded: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    noise: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, np.bool_))
 
     @property
     def without_nucleus(self) -> int:
@@ -116,6 +121,8 @@ def gather_cells(
     shown: NDArray[np.int64],
     training: NDArray[np.uint64],
     watch: Stopwatch,
+    *,
+    shown_images: bool = False,
 ) -> EvaluationSet:
     """Normalise, measure and embed both sets on the cluster.
 
@@ -135,6 +142,9 @@ def gather_cells(
         Keys of training cells to embed beside, sorted.
     watch
         Is told what the workers do.
+    shown_images
+        Whether the model was shown the cells that it drew. Cells are drawn again from shuffled
+        features only where the model sees features, several times only where it sees noise.
 
     Returns
     -------
@@ -143,8 +153,10 @@ def gather_cells(
     """
     keys = cells["key"].to_numpy()
     plates = sorted(cells[PLATE].astype(str).unique())
-    draws = config.evaluate.draws if model.card.preset == STOCHASTIC else 0
-    redraws = config.evaluate.shuffle_control or draws > 1
+    seen_by_model = sees(model.card.preset, image=shown_images)
+    draws = config.evaluate.draws if "noise" in seen_by_model else 0
+    shuffles = config.evaluate.shuffle_control and "features" in seen_by_model
+    redraws = shuffles or draws > 1
     requested = list(model.features) if redraws else []
     wanted = ((real, real.features), (generated, requested))
     sources = [
@@ -186,7 +198,7 @@ def gather_cells(
             for start in range(0, len(table), len(rows))
         ]
 
-    if config.evaluate.shuffle_control:
+    if shuffles:
         rows, other = _permute(cells)
         (found.shuffled,), found.shuffled_rows = redraw(rows, other, [seed]), rows
     if draws > 1:
@@ -330,6 +342,10 @@ class _Work:
             table, metadata, keys = table.take(pa.array(rows)), metadata.iloc[rows], keys[rows]
             patches = decode_patches(table, form)
             features = decode_features(table, source.columns)
+        with watch.part("judging"):
+            noise = np.zeros(len(patches), dtype=bool)
+            if form.normalisation == "none" and source.measured:
+                noise = autocorrelation(patches)[:, 0] < _NOISE_BELOW  # as in `judge_patches`
         with watch.part("normalising"):
             if form.normalisation == "none":
                 plates = metadata[PLATE].astype(str).tolist()
@@ -349,6 +365,7 @@ class _Work:
             columns = {
                 "key": pa.array(keys, type=pa.uint64()),
                 PATCH: pa.array(wanted, type=pa.binary()),
+                "noise": pa.array(noise),
             }
             if source.measured:
                 columns["measured"] = _rows(measured.to_numpy(dtype=np.float32))
@@ -401,6 +418,7 @@ def _assemble(tables: Sequence[pa.Table], number: int, source: _Source) -> Measu
         pd.DataFrame(values, columns=measured),
         np.frombuffer(shown, np.uint8).reshape(-1, *source.patch_format.shape),
         {name.removeprefix("embedded_"): _matrix(found, name) for name in names},
+        found["noise"].to_numpy(zero_copy_only=False),
     )
 
 

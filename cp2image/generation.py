@@ -18,7 +18,7 @@ from cp2image.columns import COMPOUND, METADATA, MOA, WELL, require_columns
 from cp2image.config import Config
 from cp2image.data.identity import cell_keys
 from cp2image.data.scaling import KeyedSample, Scaling, is_control
-from cp2image.data.schema import PATCH, ROW_GROUP, decode_metadata, decode_patches
+from cp2image.data.schema import PATCH, ROW_GROUP, PatchFormat, decode_metadata, decode_patches
 from cp2image.data.tables import open_table
 from cp2image.dataset import (
     CellDataset,
@@ -29,7 +29,7 @@ from cp2image.dataset import (
     read_range,
 )
 from cp2image.drawing import Draw
-from cp2image.errors import ColumnError
+from cp2image.errors import ColumnError, ConfigError, DatasetError
 from cp2image.figures.canvas import save
 from cp2image.figures.patches import colour_patches
 from cp2image.figures.plates import plate_overview
@@ -53,6 +53,8 @@ def generate(config: Config) -> Publication:
     ------
     ColumnError
         If the table lacks features of the checkpoint: names the difference.
+    ConfigError
+        If ``generate.by`` asks for what the model or the input does not allow.
     CheckpointError, DatasetError, TableError
         If an input is missing or damaged, or plates failed.
     """
@@ -63,6 +65,7 @@ def generate(config: Config) -> Publication:
     staging = join(settings.output, STAGING)
     with record_beside(config, "generate") as recorder:
         try:
+            shown = _shown(config, model)
             find = _from_dataset if read_manifests(settings.input) else _from_table
             wanted = find(config, model, staging)
             place = join(staging, "scaling.safetensors")
@@ -70,7 +73,7 @@ def generate(config: Config) -> Publication:
             result = publish(
                 settings.output,
                 wanted.units,
-                partial(Draw, config, place),
+                partial(Draw, config, place, shown),
                 config,
                 mark,
                 label="generate",
@@ -91,6 +94,42 @@ def _fingerprint(config: Config, model: Model) -> str:
     """Hash what decides the pixels of a plate."""
     control = json.dumps(config.scaling.control, sort_keys=True)
     return config.fingerprint("generate", inputs=[model.hash, f"seed {config.run.seed}", control])
+
+
+def shows_images(by: str | None, model: Model) -> bool:
+    """Tell whether a model is shown the cells it draws; ``by`` is ``generate.by``.
+
+    Raises
+    ------
+    ConfigError
+        If a way is asked for and the model has only its own.
+    """
+    if by is not None and not model.reconstructs:
+        raise ConfigError(
+            f"generate.by={by}: the checkpoint's preset {model.card.preset!r} has one way to draw; "
+            "leave the setting out (vae and vaeplus have two)"
+        )
+    return model.reconstructs and by != "prior"
+
+
+def _shown(config: Config, model: Model) -> PatchFormat | None:
+    """Return the format of the patches that the model is shown, if it is."""
+    settings = config.generate
+    if not shows_images(settings.by, model):
+        return None
+    if not read_manifests(settings.input):
+        raise ConfigError(
+            f"{settings.input} is a table without patches, and {model.card.preset!r} reconstructs "
+            "patches; give a cells/ dataset, or draw from noise (generate.by=prior)"
+        )
+    form, own = open_dataset(settings.input).patch_format, model.patch_format
+    if form.channels != own.channels or form.size != own.size or form.normalisation != "none":
+        raise DatasetError(
+            f"{settings.input}: patches of {', '.join(form.channels)}, {form.size} px, "
+            f"normalisation {form.normalisation!r}; the checkpoint reconstructs "
+            f"{', '.join(own.channels)}, {own.size} px, on the acquisition scale ('none')"
+        )
+    return form
 
 
 @dataclass(frozen=True)

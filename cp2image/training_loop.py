@@ -24,9 +24,11 @@ from cp2image.figures.patches import figure_pairs
 from cp2image.metrics.validation import ValidationScores
 from cp2image.models.data_parallel import average_over_ranks
 from cp2image.models.losses import pixel_loss
-from cp2image.models.presets import STOCHASTIC
+from cp2image.models.lsgan_recipe import LEARNING_RATE, LsganRecipe
+from cp2image.models.presets import LSGAN, STOCHASTIC, VAE, VAE_PLUS, sees
 from cp2image.models.recipe import OPTIMISERS, Batch, PaperRecipe, Recipe
 from cp2image.models.stochastic_recipe import StochasticRecipe, StochasticSetting
+from cp2image.models.vae_recipe import BETA, BETA_PLUS, VaePlusRecipe, VaeRecipe
 from cp2image.profiles import Preparation
 from cp2image.storage import delete_tree, join, list_files, read_bytes, write_bytes
 from cp2image.tracking import Recorder
@@ -236,7 +238,8 @@ class TrainingLoop:
                 chosen = rows[start : start + 104]
                 real = self._validation.normalised(chosen, self._device)
                 features = self._validation.scaled(chosen, self._device)
-                drawn = self._recipe.draw(features, torch.from_numpy(chosen).to(self._device))
+                keys = torch.from_numpy(chosen).to(self._device)
+                drawn = self._recipe.draw(features, keys, images=real)
                 losses.append(float(pixel_loss(real, drawn)) * len(chosen))
                 if self._scores is not None and start < self._plan.config.score.cells:
                     kept.append(drawn.float().cpu().numpy())
@@ -270,8 +273,9 @@ class TrainingLoop:
 
     def _show(self, values: dict[str, float], elapsed: float) -> None:
         rate, total = values["train/cells_per_s"], self._plan.config.train.steps
+        name = "L_MSE" if "train/L_MSE" in values else "L_generator"
         line = (
-            f"step {self.step:,} of {total:,}  L_MSE {values['train/L_MSE']:.1f}  "
+            f"step {self.step:,} of {total:,}  {name} {values[f'train/{name}']:.4g}  "
             f"{rate:.0f} cells/s  {elapsed / 60:.1f} min"
         )
         if self._plan.board is None:
@@ -320,6 +324,7 @@ class TrainingLoop:
             "seconds": seconds,
             "cells_seen": self.step * self._sampler.batch_size,
             "wanted": [plan.config.train.steps, plan.config.train.minutes],
+            "sees": list(sees(plan.config.train.preset, image=True)),
         }
         card = ModelCard(
             plan.config.train.preset, shape.channels, shape.size, self.step, metrics, notes
@@ -339,24 +344,27 @@ class TrainingLoop:
 def _build_recipe(plan: TrainingPlan, features: int, device: torch.device) -> Recipe:
     settings, shape = plan.config.train, plan.patch_format
     channels, side = len(shape.channels), shape.size
+    common: dict[str, Any] = {"bf16": settings.bf16, "device": device}
     if settings.preset == STOCHASTIC:
         made_of = StochasticSetting(**settings.stochastic.model_dump())
-        return StochasticRecipe(
-            features, channels, side, setting=made_of, bf16=settings.bf16, device=device
-        )
+        return StochasticRecipe(features, channels, side, setting=made_of, **common)
+    if settings.preset == LSGAN:
+        rate = settings.learning_rate or LEARNING_RATE
+        return LsganRecipe(channels, side, learning_rate=rate, **common)
     setting = OPTIMISERS[settings.optimiser]
     if settings.learning_rate is not None:
         setting = replace(setting, generator=settings.learning_rate)
-    return PaperRecipe(
-        features,
-        channels,
-        side,
-        setting=setting,
-        gamma=settings.gamma,
-        gamma_ramp=settings.gamma_ramp,
-        bf16=settings.bf16,
-        device=device,
-    )
+    common["setting"] = setting
+    if settings.preset == VAE:
+        return VaeRecipe(channels, side, beta=_given(settings.beta, BETA), **common)
+    common |= {"gamma": settings.gamma, "gamma_ramp": settings.gamma_ramp}
+    if settings.preset == VAE_PLUS:
+        return VaePlusRecipe(channels, side, beta=_given(settings.beta, BETA_PLUS), **common)
+    return PaperRecipe(features, channels, side, **common)
+
+
+def _given(value: float | None, own: float) -> float:
+    return own if value is None else value
 
 
 class _Ahead:

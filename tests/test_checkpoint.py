@@ -222,9 +222,9 @@ def test_neighbours_and_batch_size_do_not_change_a_cells_pixels(large):
 def test_every_forward_pass_has_the_same_size(large, monkeypatch):
     sizes, drawer = set(), large._drawer
 
-    def draw(features, keys, seed):
+    def draw(features, keys, seed, images):
         sizes.add((len(features), len(keys)))
-        return drawer(features, keys, seed)
+        return drawer(features, keys, seed, images)
 
     monkeypatch.setattr(large, "_drawer", draw)
     for cells in (1, 3, 104, 130):

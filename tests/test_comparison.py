@@ -46,6 +46,8 @@ def report(frechet, r, accuracy=0.5):
             "plates": ["P1", "P2"],
             "split": "validation",
             "normalisation": "plate_percentile",
+            "with_nucleus": {"real": 1.0, "generated": 0.9},
+            "system": {"preset": "paper", "sees": ["features"]},
         },
         "training": {"seconds": 3600.0, "cells_seen": 1_000, "steps": 10},
         "shown": [1, 2],
@@ -98,6 +100,37 @@ def test_settings_a_system_cannot_have_are_refused_before_anything_runs(
         comparison.compare(config(tmp_path, systems={}))
 
 
+def test_a_system_may_be_another_ones_checkpoint_drawn_differently(tmp_path):
+    systems = {
+        "vae": {"train": {"preset": "vae", "beta": 0.5}, "evaluate": {"draws": 2}},
+        "vae-prior": {"trained_as": "vae", "generate": {"by": "prior"}},
+    }
+    whole = config(tmp_path, systems=systems)
+    vae, prior = derive(whole, "vae", 4), derive(whole, "vae-prior", 4)
+    assert prior.train == vae.train
+    assert prior.run.seed == vae.run.seed == 4
+    assert prior.generate.checkpoint == prior.evaluate.checkpoint == vae.train.output
+    assert prior.generate.by == "prior"
+    assert vae.generate.by is None
+    assert prior.evaluate.draws == 2
+    assert prior.generate.output == f"{tmp_path}/comparison/vae-prior/seed-4/screen"
+    assert vae.generate.output == f"{tmp_path}/comparison/vae/seed-4/screen"
+
+
+@pytest.mark.parametrize(
+    ("prior", "message"),
+    [
+        ({"trained_as": "vea"}, "trained_as 'vea'"),
+        ({"trained_as": "vae", "train": {"steps": 3}}, "train belong to 'vae'"),
+        ({"trained_as": "chained"}, "that is trained itself"),
+    ],
+)
+def test_another_ones_checkpoint_has_to_be_there_and_stays_as_it_is(tmp_path, prior, message):
+    systems = {"vae": {"train": {"preset": "vae"}}, "chained": {"trained_as": "vae"}}
+    with pytest.raises(ConfigError, match=message):
+        derive(config(tmp_path, systems=systems | {"prior": prior}), "prior", 0)
+
+
 def test_seeds_stand_once(tmp_path):
     with pytest.raises(ValueError, match="a seed stands twice"):
         config(tmp_path, seeds=[1, 1])
@@ -120,8 +153,21 @@ def test_table_has_mean_spread_floor_and_excess():
     assert table.loc[("NSC", "new"), "floor"] == 0.75
     text = to_markdown(tabulate(reports, ["paper", "new"]), reports)
     assert "| Fréchet, cp ↓ | 72 ± 2.8 | 6 ± 1.4 | 2 |" in text
+    assert "| sees | features | features | |" in text.splitlines()[2]
     assert "over 2 seeds; 1,000 cells of 20 wells on 2 plates" in text
     assert "paper: 60 minutes" in text
+
+
+def test_a_system_without_nuclei_leaves_its_cells_of_the_table_empty():
+    blind = report(70, 0.2)
+    del blind["distances"]["cp"], blind["moa"]
+    blind["protocol"]["with_nucleus"]["generated"] = 0.01
+    reports = {("blind", 0): blind, ("new", 0): report(5, 0.6)}
+    table = tabulate(reports, ["blind", "new"])
+    text = to_markdown(table, reports)
+    assert "| Fréchet, cp ↓ | — | 5 | 2 |" in text
+    assert "| cells with a nucleus ↑ | 0.01 | 0.9 | 1 |" in text
+    assert "| NSC ↑ | — | 0.5 | 0.75 |" in text
 
 
 def test_a_finished_evaluation_is_not_repeated_unless_weights_or_settings_changed(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cp2image import evaluation_sets
+from cp2image import evaluation, evaluation_sets
 from cp2image.checkpoint import ModelCard, save_checkpoint
 from cp2image.columns import measurements
 from cp2image.config import Config, Split
@@ -160,6 +160,7 @@ def test_the_report_is_a_folder_of_json_tables_and_pictures(folder, report):
         "correlation_model.csv",
         "correlation_shuffle_control.csv",
         "report.json",
+        "treatments.csv",
     }
     for name in names:
         if name.endswith(".png"):
@@ -231,3 +232,25 @@ def test_the_control_gives_each_cell_the_features_of_another_of_its_plate():
     np.testing.assert_array_equal(plates[rows], plates[source])
     assert len(rows) == len(set(rows)) == len(set(source)) == 2000
     assert (rows == source).mean() < 0.01
+
+
+def test_distances_have_intervals_a_limit_and_the_scale_of_plates(report):
+    found = report.distances["filterbank"]
+    low, high = found["kernel_between_wells_interval_95"]
+    assert low <= found["kernel_between_wells"] <= high
+    assert found["noise_patches"] == 0
+    cp = report.distances["cp"]
+    low, high = cp["frechet_interval_95_by_well"]
+    assert low <= 1e-3
+    assert "limit" in cp
+    assert abs(cp["limit"]) < cp["floor_half"]
+
+
+def test_fewer_cells_than_inceptions_dimensions_are_refused_before_any_work(
+    folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(evaluation, "gather_cells", lambda *_, **__: pytest.fail("embedded"))
+    monkeypatch.setattr(evaluation, "join_cluster", lambda _: None)
+    config = config_of(folder, tmp_path / "report", embeddings=["inception"])
+    with pytest.raises(EvaluationError, match=r"120 cells for the 2,048.*allow_singular"):
+        evaluate(config)

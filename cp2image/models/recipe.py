@@ -58,8 +58,10 @@ class Recipe(Protocol):
     def reached(self, share: float) -> None:
         """Hear which share of the training is done, 0 to 1, for schedules; before some steps."""
 
-    def draw(self, features: Tensor, keys: Tensor, seed: int = 0) -> Tensor:
-        """Draw patches (N, C, H, W) in [0, 1] from scaled features, as the checkpoint will."""
+    def draw(
+        self, features: Tensor, keys: Tensor, seed: int = 0, images: Tensor | None = None
+    ) -> Tensor:
+        """Draw patches (N, C, H, W) in [0, 1] as the checkpoint will, see `Drawer`."""
 
     def published(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the weights of a checkpoint's generator and discriminator."""
@@ -121,7 +123,7 @@ class PaperRecipe:
         bf16: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.generator: nn.Module = Generator(features, channels, patch_size).to(device)
+        self.generator = self._build(features, channels, patch_size).to(device)
         self.discriminator = Discriminator(channels, patch_size).to(device)
         if torch.device(device).type == "cpu":
             for network in (self.generator, self.discriminator):
@@ -138,6 +140,14 @@ class PaperRecipe:
         self.discriminator_optimiser = torch.optim.SGD(
             self._d, lr=setting.discriminator, momentum=0.9
         )
+
+    def _build(self, features: int, channels: int, patch_size: int) -> nn.Module:
+        """Return the network that draws."""
+        return Generator(features, channels, patch_size)
+
+    def _generate(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return drawn patches, and further losses to add, already weighted, by name."""
+        return self.generator(batch.features), {}
 
     def step(self, batch: Batch, step: int, average: Average) -> dict[str, Tensor]:
         """Train both networks on one batch.
@@ -161,7 +171,7 @@ class PaperRecipe:
         self.discriminator.train()
         count, kind = len(batch.original), torch.bfloat16 if self.bf16 else torch.float32
         with torch.autocast(self._device, dtype=torch.bfloat16, enabled=self.bf16):
-            generated = self.generator(batch.features)
+            generated, further = self._generate(batch)
         drawn = generated.detach().float()
         patches = torch.cat([batch.real, drawn, batch.original]).to(kind)
         seen = DiscriminatorPass(self.discriminator, patches)
@@ -171,7 +181,12 @@ class PaperRecipe:
         pixel = 0.5 * difference.square().sum() / count
         total = pixel + (layers.new_tensor(gamma) * layers).sum()
         gradient = difference.div_(count).add_(seen.generated_gradient(towards))
-        to_generator = torch.autograd.grad(generated, self._g, gradient.to(generated.dtype))
+        outputs, pulls = [generated], [gradient.to(generated.dtype)]
+        for loss in further.values():
+            outputs.append(loss)
+            pulls.append(torch.ones_like(loss))
+            total = total + loss.detach()
+        to_generator = torch.autograd.grad(outputs, self._g, pulls)
         adversary, to_logits = discriminator_gradient(seen.logits[: 2 * count])
         to_discriminator = seen.weight_gradients(to_logits)
         average([*to_generator, *to_discriminator])
@@ -186,12 +201,15 @@ class PaperRecipe:
         with torch.no_grad():
             torch._foreach_mul_(self._kernels, 1 - self.decay)
         losses = {f"L_H{i}": layer for i, layer in enumerate(layers, start=1)}
+        losses |= {name: loss.detach() for name, loss in further.items()}
         return {"L_MSE": pixel, **losses, "L_generator": total, "L_Dis": adversary}
 
     def reached(self, share: float) -> None:
         """Do nothing: the paper's learning rates are constant."""
 
-    def draw(self, features: Tensor, keys: Tensor, seed: int = 0) -> Tensor:
+    def draw(
+        self, features: Tensor, keys: Tensor, seed: int = 0, images: Tensor | None = None
+    ) -> Tensor:
         """Draw from scaled features in evaluation mode; there is no noise to key."""
         self.generator.eval()
         drawn: Tensor = self.generator(features).clamp_(0, 1)

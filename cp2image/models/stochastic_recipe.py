@@ -205,7 +205,9 @@ class StochasticRecipe:
             new: list[Tensor] = list(self._g)
             torch._foreach_lerp_(averaged, new, 1 - keep)
 
-    def draw(self, features: Tensor, keys: Tensor, seed: int = 0) -> Tensor:
+    def draw(
+        self, features: Tensor, keys: Tensor, seed: int = 0, images: Tensor | None = None
+    ) -> Tensor:
         """Draw with the averaged generator, noise by the cells' keys: (N, C, H, W) in [0, 1]."""
         noise = self.averaged.noise(keys, seed)
         drawn: Tensor = self.averaged(features, noise)
