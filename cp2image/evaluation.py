@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from cp2image.checkpoint import Model, load_model
 from cp2image.cluster import join_cluster
 from cp2image.columns import COMPOUND, CONCENTRATION, PLATE, WELL
-from cp2image.config import Config, Evaluate
+from cp2image.config import Config
+from cp2image.config_evaluate import Evaluate
 from cp2image.data.identity import cell_keys
 from cp2image.data.schema import decode_metadata
 from cp2image.data.splits import TRAIN

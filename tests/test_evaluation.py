@@ -12,7 +12,8 @@ from PIL import Image
 from cp2image import evaluation, evaluation_sets
 from cp2image.checkpoint import ModelCard, save_checkpoint
 from cp2image.columns import measurements
-from cp2image.config import Config, Split
+from cp2image.config import Config
+from cp2image.config_train import Split
 from cp2image.data.intensity import Intensity
 from cp2image.data.scaling import Scaling
 from cp2image.data.schema import (

@@ -13,9 +13,10 @@ from PIL import Image
 from cp2image import exploration_responses
 from cp2image.checkpoint import Model, ModelCard, load_model, save_checkpoint
 from cp2image.columns import measurements
-from cp2image.config import Config, Split
+from cp2image.config import Config
 from cp2image.config_explore import Responses
 from cp2image.config_reading import read_config
+from cp2image.config_train import Split
 from cp2image.data.intensity import Intensity
 from cp2image.data.scaling import Scaling
 from cp2image.data.simulate import SimulatedScreen, simulate_screen

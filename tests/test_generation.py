@@ -10,7 +10,8 @@ from PIL import Image
 
 from cp2image.checkpoint import ModelCard, load_model, save_checkpoint
 from cp2image.columns import measurements
-from cp2image.config import Config, Split
+from cp2image.config import Config
+from cp2image.config_train import Split
 from cp2image.data.intensity import Intensity
 from cp2image.data.scaling import Scaling
 from cp2image.data.simulate import SimulatedScreen, simulate_screen

@@ -31,7 +31,8 @@ from cp2image.benchmarks.report import (
     tell,
 )
 from cp2image.benchmarks.stand_ins import publish_cells, save_stand_in
-from cp2image.config import Config, Measure
+from cp2image.config import Config
+from cp2image.config_cells import Measure
 from cp2image.data.intensity import Intensity
 from cp2image.evaluation import evaluate
 from cp2image.metrics.correlation import (

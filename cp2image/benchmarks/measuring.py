@@ -34,7 +34,8 @@ from cp2image.benchmarks.report import (
     take_sample,
     tell,
 )
-from cp2image.config import Config, Measure
+from cp2image.config import Config
+from cp2image.config_cells import Measure
 from cp2image.data.schema import to_parquet
 from cp2image.dataset import open_dataset
 from cp2image.measuring import _Measure

@@ -14,7 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from cp2image.columns import COMPOUND, nearest
-from cp2image.config import Scaling as ScalingConfig
+from cp2image.config_train import Scaling as ScalingConfig
 from cp2image.data.identity import Words, texts
 from cp2image.errors import CheckpointError, ColumnError, DatasetError
 from cp2image.kernel import compile_kernel

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cp2image.columns import CATEGORIES, nearest, parse_column
-from cp2image.config import Scaling
+from cp2image.config_train import Scaling
 from cp2image.errors import ConfigError, DatasetError
 
 CONSTANT = 1e-6

@@ -14,7 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from cp2image.columns import IDENTITY, PLATE, WELL, nearest, require_columns
-from cp2image.config import Split
+from cp2image.config_train import Split
 from cp2image.data.identity import (
     Words,
     cell_keys,

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cp2image.config import Scaling as ScalingConfig
+from cp2image.config_train import Scaling as ScalingConfig
 from cp2image.data.scaling import MAX_CONTROLS, KeyedSample, Scaling, ScalingFit, is_control
 from cp2image.errors import CheckpointError, ColumnError, DatasetError
 

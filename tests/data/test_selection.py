@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cp2image.config import Scaling
+from cp2image.config_train import Scaling
 from cp2image.data.selection import (
     FeatureStatistics,
     Selection,

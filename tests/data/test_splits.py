@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cp2image.config import Split
+from cp2image.config_train import Split
 from cp2image.data.identity import treatment_names
 from cp2image.data.splits import Splits, assign_splits, fit_splits
 from cp2image.errors import CheckpointError, ColumnError, ConfigError, DatasetError

@@ -1,0 +1,137 @@
+"""Config of training: split, scaling, train. Ground floor."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from cp2image.columns import CATEGORIES
+from cp2image.config_section import Amount, Count, NotNegative, Positive, Section, Share
+
+
+class Split(Section):
+    """Which cells train, which validate, which test."""
+
+    by: Literal["well", "plate", "cell"] = "well"
+    """``cell`` only to match the paper: cells of one field leak into each other's split."""
+    validation: Share = 0.1
+    test: Share = 0.1
+    validation_plates: list[str] = []
+    test_plates: list[str] = []
+    """Plates named here are held out whole; the shares then apply to the others."""
+    seed: Count | None = None
+    """None: the run's. Set it to train with several seeds on the same split."""
+
+
+class Scaling(Section):
+    """Feature selection and per-plate scaling against the negative control."""
+
+    control: dict[str, str] = {"Metadata_Compound": "DMSO"}
+    min_controls: Positive = 25
+    """A plate with fewer control cells is scaled by all plates' controls together."""
+    clip: Amount = 5.0
+    """Scaled features are limited to ± this many robust standard deviations."""
+    max_missing: Share = 0.05
+    """A feature missing in a larger share of the training cells is left out."""
+    categories: list[str] = [c for c in CATEGORIES if c != "Location"]
+    drop: list[str] = []
+    """Further columns to leave out, by name or pattern (``*_ZernikePhase_*``)."""
+    max_correlation: Share | None = None
+    """Of two features that correlate more than this over training cells, the second is left out.
+    None: 0.98 for the preset ``cp2image-s``, 1 (all stay) for the others."""
+
+
+class Stochastic(Section):
+    """What the training of ``cp2image-s`` is made of; 0 switches a loss off."""
+
+    learning_rate: Amount = 4e-4
+    """Of both networks."""
+    pixel: NotNegative = 0.005
+    """Weight of L_MSE between a cell and the mean of its draws."""
+    draws: Positive = 1
+    """Draws of a cell whose mean L_MSE sees."""
+    regression: NotNegative = 1.0
+    """Weight of the features as the discriminator reads them from a patch."""
+    penalty: NotNegative = 0.3
+    """γ of the gradient penalties R1 + R2."""
+    penalty_every: Positive = 8
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Decay of the averaged generator per step."""
+    cooldown: Annotated[float, Field(ge=0, le=1)] = 0.3
+    """Share of the training, its last, in which the learning rates fall to 0 in a line."""
+
+
+_IMAGE_LOSSES = ("paper", "vae", "vaeplus")
+_SETTINGS_OF = {
+    "stochastic": ("cp2image-s",),
+    "optimiser": _IMAGE_LOSSES,
+    "learning_rate": (*_IMAGE_LOSSES, "lsgan"),
+    "gamma": ("paper", "vaeplus"),
+    "gamma_ramp": ("paper", "vaeplus"),
+    "beta": ("vae", "vaeplus"),
+}
+"""Setting of training → the presets that have it."""
+
+
+class Train(Section):
+    """One training run."""
+
+    input: str = ""
+    output: str = ""
+    preset: Literal["paper", "cp2image-s", "vae", "vaeplus", "lsgan"] = "paper"
+    """``paper`` is the published network; ``cp2image-s`` draws one of the cells that a profile
+    allows, see `Stochastic`. ``vae`` and ``vaeplus`` see the image, ``lsgan`` noise alone."""
+    stochastic: Stochastic = Stochastic()
+    optimiser: Literal["as_run", "as_named"] = "as_run"
+    """The authors' code swaps two learning-rate names; ``as_run`` is what it executes."""
+    learning_rate: Amount | None = None
+    """Of the generator; None: the optimiser setting's own, 2e-4 for ``lsgan``."""
+    gamma: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
+    """Final weights γ₁…γ₄ of the hidden-layer losses."""
+    gamma_ramp: Positive = 2500
+    """Steps: γᵢ rises from 0 at ``gamma_ramp·i`` to its final value at ``gamma_ramp·(i+1)``."""
+    beta: NotNegative | None = None
+    """Weight of KL; None: 1 for ``vae``, 2 for ``vaeplus``."""
+    steps: Positive = 680_000
+    minutes: Amount | None = None
+    """Stop after this many minutes of training even if ``steps`` are not reached."""
+    batch_size: Positive | None = None
+    """Cells per step over all workers. None: as many as treatments, the paper's 104; 64 for
+    ``lsgan``; for ``cp2image-s`` 4, or 64 on a GPU: on CPUs many small steps go furthest."""
+    balance: Literal["treatment", "cell"] = "treatment"
+    """Draw every treatment alike (the paper's way), or every cell alike: better where many
+    treatments have a handful of cells, which would be seen again and again."""
+    normalisation: Literal["per_patch_max", "plate_percentile"] | None = None
+    """Of patches. None: ``plate_percentile`` for ``cp2image-s``, which keeps what intensity
+    features are about; for the others the paper's ``per_patch_max``."""
+    workers: Positive = 1
+    threads: Positive | None = None
+    """Torch threads per worker; None: the CPUs divided by the workers."""
+    gpu: bool = False
+    bf16: bool = False
+    max_failures: Count = 3
+    validate_every: Positive = 1000
+    validation_cells: Positive = 1000
+    checkpoint_every: Positive = 1000
+    log_every: Positive = 20
+
+    @model_validator(mode="after")
+    def _refuse_the_other_presets(self) -> "Train":
+        for name, presets in _SETTINGS_OF.items():
+            default = Train.model_fields[name].get_default()
+            if self.preset not in presets and getattr(self, name) != default:
+                raise ValueError(
+                    f"{name} is not a setting of the preset {self.preset!r}: leave it out, or "
+                    f"choose another preset ({', '.join(presets)})"
+                )
+        return self
+
+    def cells_per_step(self, treatments: int) -> int:
+        """Cells per step over all workers, the preset's own where none is set."""
+        own = {"cp2image-s": 64 if self.gpu else 4, "lsgan": 64}.get(self.preset, treatments)
+        return self.batch_size or max(own, self.workers)
+
+    @property
+    def intensity(self) -> str:
+        """The normalisation of patches, the preset's own where none is set."""
+        own = "plate_percentile" if self.preset == "cp2image-s" else "per_patch_max"
+        return self.normalisation or own
