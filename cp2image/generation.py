@@ -17,7 +17,8 @@ from cp2image.cluster import join_cluster
 from cp2image.columns import COMPOUND, METADATA, MOA, WELL, require_columns
 from cp2image.config import Config
 from cp2image.data.identity import cell_keys
-from cp2image.data.scaling import KeyedSample, Scaling, is_control
+from cp2image.data.keyed_sample import KeyedSample
+from cp2image.data.scaling import Scaling, is_control
 from cp2image.data.schema import PATCH, ROW_GROUP, PatchFormat, decode_metadata, decode_patches
 from cp2image.data.tables import open_table
 from cp2image.dataset import (

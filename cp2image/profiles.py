@@ -13,7 +13,8 @@ from cp2image.columns import IDENTITY, measurements
 from cp2image.config import Config
 from cp2image.data.identity import cell_keys, treatment_names
 from cp2image.data.intensity import Intensity, IntensityFit
-from cp2image.data.scaling import KeyedSample, Scaling, ScalingFit, is_control
+from cp2image.data.keyed_sample import KeyedSample
+from cp2image.data.scaling import Scaling, ScalingFit, is_control
 from cp2image.data.schema import PATCH, decode_features, decode_metadata, decode_patches
 from cp2image.data.selection import (
     FeatureStatistics,

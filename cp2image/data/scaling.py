@@ -16,17 +16,15 @@ from numpy.typing import NDArray
 from cp2image.columns import COMPOUND, nearest
 from cp2image.config_train import Scaling as ScalingConfig
 from cp2image.data.identity import Words, texts
+from cp2image.data.keyed_sample import KeyedSample
+from cp2image.data.spread import Spread, global_row, plate_row, spread_of
 from cp2image.errors import CheckpointError, ColumnError, DatasetError
 from cp2image.kernel import compile_kernel
 
 Values = NDArray[np.floating]
 
-MAX_CONTROLS = 5_000
-"""Control cells of one plate that its scaling is computed from."""
 MAX_GLOBAL = 20_000
 """Cells of all plates together that the global scaling is computed from."""
-_NORMAL = 1.4826
-_NO_SPREAD = 1e-6
 _CHUNK, _TILE = 2_064, 32
 """Cells and features scaled at a time: what fits in a cache, rows not a power of two apart."""
 
@@ -222,8 +220,8 @@ class Scaling:
         if plate in self.plates:
             raise DatasetError(f"plate {plate!r} has a scaling already; use it or another name")
         _check_width(controls, self.features, plate)
-        center, scale, note = _fill(
-            plate, _spread(controls), self.center[-1], self.scale[-1], self.min_controls
+        center, scale, note = plate_row(
+            plate, spread_of(controls), self.center[-1], self.scale[-1], self.min_controls
         )
         return replace(
             self,
@@ -282,49 +280,6 @@ class Scaling:
         return np.array([*rows, len(known)], dtype=np.int64)[codes]
 
 
-class KeyedSample:
-    """At most ``limit`` cells, those with the smallest keys: a sample that no order can change.
-
-    Attributes
-    ----------
-    seen
-        Cells added so far.
-    keys, values
-        The sample: shapes (n,) and (n, p), by rising key.
-    """
-
-    def __init__(self, features: int, limit: int = MAX_CONTROLS) -> None:
-        self.limit = limit
-        self.seen = 0
-        self.keys: Words = np.empty(0, dtype=np.uint64)
-        self.values: Values = np.empty((0, features), dtype=np.float32)
-
-    def add(self, keys: Words, values: Values) -> None:
-        """Add cells, in blocks of any size and order.
-
-        Parameters
-        ----------
-        keys
-            From `cp2image.data.identity.cell_keys`, shape (n,).
-        values
-            Shape (n, p).
-        """
-        if len(keys) != len(values) or values.shape[1:] != self.values.shape[1:]:
-            raise DatasetError(
-                f"{len(keys)} keys with values of shape {values.shape}; "
-                f"expected (cells, {self.values.shape[1]})"
-            )
-        self.seen += len(keys)
-        if len(self.keys) == self.limit:
-            below = keys < self.keys[-1]
-            keys, values = keys[below], values[below]
-        if len(keys):
-            merged = np.concatenate([self.keys, keys])
-            chosen = np.argsort(merged, kind="stable")[: self.limit]
-            self.keys = merged[chosen]
-            self.values = np.concatenate([self.values, values])[chosen]
-
-
 class ScalingFit:
     """Fit a `Scaling` plate by plate; what is kept does not grow with the cells of a plate.
 
@@ -339,7 +294,7 @@ class ScalingFit:
     def __init__(self, features: Sequence[str], config: ScalingConfig) -> None:
         self.features = tuple(features)
         self._config = config
-        self._spreads: dict[str, _Spread] = {}
+        self._spreads: dict[str, Spread] = {}
         self._controls = KeyedSample(len(self.features), MAX_GLOBAL)
         self._cells = KeyedSample(len(self.features), MAX_GLOBAL)
 
@@ -378,7 +333,7 @@ class ScalingFit:
         _check_width(controls, self.features, plate)
         sample = KeyedSample(len(self.features))
         sample.add(keys, controls)
-        self._spreads[plate] = _spread(sample.values)
+        self._spreads[plate] = spread_of(sample.values)
         self._controls.add(sample.keys, sample.values)
         self._cells.add(sample.keys, sample.values)
         if others is not None and other_keys is not None:
@@ -406,11 +361,11 @@ class ScalingFit:
                 "no cells to fit the scaling on; check split and scaling.control, or give the "
                 "other cells of each plate"
             )
-        center, scale, note = _global_row(self.features, sample.values, self._cells.values)
+        center, scale, note = global_row(self.features, sample.values, self._cells.values)
         notes += note
         centers, scales = [], []
         for plate in sorted(self._spreads):
-            row, width, note = _fill(
+            row, width, note = plate_row(
                 plate, self._spreads[plate], center, scale, self._config.min_controls
             )
             centers.append(row)
@@ -425,89 +380,6 @@ class ScalingFit:
             min_controls=self._config.min_controls,
             notes=tuple(notes),
         )
-
-
-@dataclass(frozen=True)
-class _Spread:
-    """Cells, and per feature: number of finite values, median, MAD · 1.4826 (NaN without any)."""
-
-    cells: int
-    count: NDArray[np.int64]
-    median: NDArray[np.float64]
-    mad: NDArray[np.float64]
-
-
-def _spread(values: Values) -> _Spread:
-    finite = np.where(np.isfinite(values), values, np.nan).astype(np.float64)
-    count = np.isfinite(finite).sum(axis=0)
-    median = _median(finite, count)
-    return _Spread(len(values), count, median, _NORMAL * _median(np.abs(finite - median), count))
-
-
-def _median(values: NDArray[np.float64], count: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Median of each column's ``count`` values that are not NaN; NaN where there are none."""
-    if not len(values):
-        return np.full(values.shape[1], np.nan)
-    ordered = np.sort(values, axis=0)
-    columns = np.arange(values.shape[1])
-    below, above = np.maximum(count - 1, 0) // 2, np.minimum(count // 2, len(values) - 1)
-    middle: NDArray[np.float64] = (ordered[below, columns] + ordered[above, columns]) / 2
-    return middle
-
-
-def _fill(
-    plate: str,
-    spread: _Spread,
-    center: NDArray[np.float64],
-    scale: NDArray[np.float64],
-    min_controls: int,
-) -> tuple[NDArray[np.float64], NDArray[np.float64], list[str]]:
-    """Take the plate's own centre and scale where they are sound, else the global ones."""
-    known = spread.count >= min_controls
-    spreads = known & _has_spread(spread.mad, spread.median)
-    notes = []
-    if not known.any():
-        notes.append(
-            f"plate {plate}: {spread.cells} control cells, fewer than {min_controls}: "
-            "scaled by the global row"
-        )
-    return np.where(known, spread.median, center), np.where(spreads, spread.mad, scale), notes
-
-
-def _global_row(
-    features: Sequence[str], sample: Values, cells: Values
-) -> tuple[NDArray[np.float64], NDArray[np.float64], list[str]]:
-    """Median and MAD; where that is 0 the deviation, of the sample or else of all cells, else 1."""
-    spread = _spread(sample)
-    center = spread.median
-    if not spread.count.all():
-        center = np.nan_to_num(np.where(spread.count > 0, center, _spread(cells).median))
-    candidates = [spread.mad, _deviation(sample), _deviation(cells)]
-    scale = np.ones(len(features))
-    for candidate in reversed(candidates):
-        scale = np.where(_has_spread(candidate, center), candidate, scale)
-    flat = ~np.any([_has_spread(candidate, center) for candidate in candidates], axis=0)
-    notes = [
-        f"{name}: no spread in any training cell, scale 1"
-        for name in np.array(features, dtype=object)[flat]
-    ]
-    return center, scale, notes
-
-
-def _deviation(values: Values) -> NDArray[np.float64]:
-    good = np.isfinite(values)
-    count = np.maximum(good.sum(axis=0), 1)
-    numbers = values.astype(np.float64)
-    mean = np.where(good, numbers, 0).sum(axis=0) / count
-    deviation: NDArray[np.float64] = np.sqrt(
-        (np.where(good, numbers - mean, 0) ** 2).sum(axis=0) / count
-    )
-    return deviation
-
-
-def _has_spread(spread: NDArray[np.float64], center: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Tell real spread from float32 rounding, relative to the size of the values."""
-    return spread > _NO_SPREAD * np.abs(center)
 
 
 def _check_width(values: Values, features: Sequence[str], plate: str) -> None:

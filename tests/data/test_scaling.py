@@ -5,7 +5,8 @@ import pandas as pd
 import pytest
 
 from cp2image.config_train import Scaling as ScalingConfig
-from cp2image.data.scaling import MAX_CONTROLS, KeyedSample, Scaling, ScalingFit, is_control
+from cp2image.data.keyed_sample import MAX_CONTROLS, KeyedSample
+from cp2image.data.scaling import Scaling, ScalingFit, is_control
 from cp2image.errors import CheckpointError, ColumnError, DatasetError
 
 FEATURES = ("Nuclei_AreaShape_Area", "Cells_AreaShape_Area", "Cells_Intensity_MeanIntensity_DNA")
