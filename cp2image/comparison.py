@@ -77,7 +77,7 @@ def compare(config: Config) -> Comparison:
     """Train, generate and evaluate every system with every seed, then tabulate.
 
     What is finished is not done again, and an interrupted training goes on where it was: run the
-    same command until it ends.
+    same command until it ends. A system with ``checkpoints`` is not trained.
 
     Raises
     ------
@@ -98,7 +98,7 @@ def compare(config: Config) -> Comparison:
     reports: dict[tuple[str, int], dict[str, Any]] = {}
     for number, ((name, seed), one) in enumerate(runs.items(), start=1):
         print(f"\ncompare [{number}/{len(runs)}] {name}, seed {seed}", flush=True)
-        reports[name, seed] = _run(one)
+        reports[name, seed] = _run(one, trains="checkpoints" not in settings.systems[name])
     table = tabulate(reports, list(settings.systems))
     text = to_markdown(table, reports)
     out = settings.output
@@ -116,7 +116,8 @@ def derive(config: Config, system: str, seed: int) -> Config:
     """Return the experiment of one system and seed, in a folder of its own.
 
     A system with ``trained_as: OTHER`` is the other one's checkpoint with what else it names, such
-    as ``generate: {by: prior}``: it is not trained again.
+    as ``generate: {by: prior}``: it is not trained again. One with ``checkpoints``, a folder,
+    ``models:/…`` or ``runs:/…`` for each of ``compare.seeds``, is not trained here at all.
 
     Raises
     ------
@@ -125,11 +126,11 @@ def derive(config: Config, system: str, seed: int) -> Config:
     """
     data = config.model_dump()
     cells = data["train"]["input"]
-    folder, changes, trained = _place(config, system, seed)
+    folder, changes, checkpoint = _place(config, system, seed)
     data["run"] |= {"folder": folder, "seed": seed, "name": f"{config.run.name}-{system}-{seed}"}
     data["tracking"]["uri"] = tracking_uri(config) if config.tracking.enabled else None
-    data["train"]["output"] = join(trained, "checkpoint")
-    checkpoint = data["train"]["output"]
+    given = "checkpoints" in config.compare.systems[system]
+    data["train"]["output"] = "" if given else checkpoint
     data["generate"] |= {"input": cells, "checkpoint": checkpoint, "output": ""}
     data["evaluate"] |= {"real": cells, "generated": "", "checkpoint": checkpoint, "output": ""}
     data["compare"]["systems"] = {}
@@ -141,31 +142,40 @@ def derive(config: Config, system: str, seed: int) -> Config:
             )
         data[section] = _merge(data.get(section, {}), values)
     try:
-        return Config.model_validate(data).resolve()
+        return Config.model_validate(data).resolve().anchor()
     except ValidationError as error:
         raise ConfigError(f"compare.systems.{system}: {explain(error, Config)}") from error
 
 
 def _place(config: Config, system: str, seed: int) -> tuple[str, dict[str, Any], str]:
-    """Return a run's folder, its sections of settings, and the folder its checkpoint is in."""
+    """Return a run's folder, its sections of settings, and its checkpoint."""
     systems, out = config.compare.systems, config.compare.output
     own = dict(systems[system])
-    other = own.pop("trained_as", system)
+    other, given = own.pop("trained_as", system), own.pop("checkpoints", None)
     folder, trained = (join(out, str(name), f"seed-{seed}") for name in (system, other))
+    fixed = sorted({"train", "split", "scaling"} & set(own))
+    if given is not None:
+        seeds = config.compare.seeds
+        if not isinstance(given, list) or len(given) != len(seeds) or other != system or fixed:
+            raise ConfigError(
+                f"compare.systems.{system}: checkpoints names one folder, models:/… or runs:/… for "
+                f"each of compare.seeds ({len(seeds)}), found {given!r}; train, split, scaling and "
+                "trained_as do not go with it"
+            )
+        return folder, own, str(given[seeds.index(seed)])
     if other == system:
-        return folder, own, trained
-    if other not in systems or "trained_as" in systems[other]:
+        return folder, own, join(trained, "checkpoint")
+    if other not in systems or {"trained_as", "checkpoints"} & set(systems[other]):
         raise ConfigError(
             f"compare.systems.{system}: trained_as {other!r}; expected a system of the list that "
             "is trained itself"
         )
-    fixed = sorted({"train", "split", "scaling"} & set(own))
     if fixed:
         raise ConfigError(
             f"compare.systems.{system}: {', '.join(fixed)} belong to {other!r}, whose checkpoint "
             "this is; leave them out or drop trained_as"
         )
-    return folder, _merge(dict(systems[other]), own), trained
+    return folder, _merge(dict(systems[other]), own), join(trained, "checkpoint")
 
 
 def _merge(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -178,14 +188,15 @@ def _merge(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _run(config: Config) -> dict[str, Any]:
+def _run(config: Config, *, trains: bool = True) -> dict[str, Any]:
     """Do what is left of one run; return its report."""
     place = join(config.evaluate.output, "report.json")
     mark = sha256(config.evaluate.model_dump_json().encode()).hexdigest()[:16]
     done = join(config.evaluate.output, "_compared.json")
-    print(train(config), flush=True)
+    if trains:
+        print(train(config), flush=True)
     print(generate(config), flush=True)
-    model = load_model(config.generate.checkpoint)
+    model = load_model(config.generate.checkpoint, store=tracking_uri(config))
     if not (exists(done) and json.loads(read_bytes(done)) == [mark, model.hash]):
         print(evaluate(config), flush=True)
         write_bytes(done, json.dumps([mark, model.hash]).encode())
@@ -302,6 +313,7 @@ def to_markdown(table: pd.DataFrame, reports: Mapping[tuple[str, int], Mapping[s
         "the two real halves; KID: all cells, floor: the two halves; N → ∞: all cells, a line over "
         "1/N followed to 0 (Chong and Forsyth 2020).",
         *_plates(reports),
+        *_other_cells(reports),
         f"Training: {'; '.join(spent)}.",
         "",
     ]
@@ -321,6 +333,19 @@ def _plates(reports: Mapping[tuple[str, int], Mapping[str, Any]]) -> list[str]:
     return lines
 
 
+def _other_cells(reports: Mapping[tuple[str, int], Mapping[str, Any]]) -> list[str]:
+    """Say which systems were scored on other cells: checkpoints bring their own splits."""
+    cells: dict[tuple[Any, ...], list[str]] = {}
+    for (name, seed), report in reports.items():
+        protocol = report["protocol"]
+        mark = (protocol["cells"], protocol["wells"], *protocol["plates"])
+        cells.setdefault(mark, []).append(f"{name}, seed {seed}")
+    if len(cells) == 1:
+        return []
+    shown = "; ".join(f"{mark[0]:,} cells: {', '.join(runs)}" for mark, runs in cells.items())
+    return [f"**Not all were scored on the same cells**, so they do not compare: {shown}."]
+
+
 def _cell(mean: float, sd: float = float("nan")) -> str:
     if np.isnan(mean):
         return "—"
@@ -338,7 +363,7 @@ def _picture(
     channels: tuple[str, ...] = ()
     for name in config.compare.systems:
         one = runs[name, seed]
-        model = load_model(one.generate.checkpoint)
+        model = load_model(one.generate.checkpoint, store=tracking_uri(one))
         if not rows:
             channels = model.channels
             rows["real"] = patches_of(open_dataset(one.evaluate.real), model, keys)

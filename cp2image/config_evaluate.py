@@ -68,6 +68,8 @@ class Compare(Section):
     systems: dict[
         Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")], dict[str, Any]
     ] = {}
-    """Name → sections with the settings in which it differs, as ``{train: {preset: paper}}``."""
+    """Name → sections with the settings in which it differs, as ``{train: {preset: paper}}``; or
+    ``{trained_as: OTHER}``, drawn differently; or ``{checkpoints: [folder, runs:/…, …]}``, one for
+    each seed, which are scored as they are."""
     seeds: Annotated[list[Count], Field(min_length=1), AfterValidator(_unique_seeds)] = [0, 1, 2]
     output: str = ""

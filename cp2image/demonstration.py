@@ -21,7 +21,7 @@ STEPS: tuple[tuple[str, Callable[[Config], Any]], ...] = (
     ("simulate a screen: fields of view and tables whose truth is known", simulate),
     ("prepare: cut, check and count one patch per cell", prepare),
     ("measure: CellProfiler features of the patches", measure_dataset),
-    ("train the paper's generator on them", train),
+    ("train a generator on them", train),
     ("generate every cell of the screen from its features", generate),
     ("evaluate the held-out wells", evaluate),
 )

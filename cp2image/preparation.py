@@ -20,7 +20,7 @@ from cp2image.data.patches import crop_patches
 from cp2image.data.quality import judge_patches
 from cp2image.data.schema import PatchFormat, build_table
 from cp2image.data.stacks import FILE, PAGE, open_stacks, read_stack
-from cp2image.data.tables import join_metadata, nucleus_centers, open_table
+from cp2image.data.tables import Table, join_metadata, nucleus_centers, open_table
 from cp2image.dataset import CellRange, plate_folder, read_range
 from cp2image.errors import ColumnError, ConfigError, Cp2ImageError, FieldError, TableError
 from cp2image.publication import Outcome, Publication, finished_plates, publish
@@ -110,12 +110,10 @@ def _stage_tables(config: Config, staging: str, published: set[str]) -> _Staged:
     """Parse every table, plate by plate."""
     settings = config.prepare
     staged = _Staged()
-    seen: dict[str, str] = {}
+    tables = [(uri, _open(config, uri)) for uri in settings.tables]
+    _require_plates(settings.plates, _known_plates(tables), ", ".join(settings.tables))
     features: list[str] = []
-    for uri in settings.tables:
-        table = open_table(uri, metadata=settings.metadata)
-        for extra in settings.metadata_files:
-            table = join_metadata(table, extra.uri, extra.on, extra.columns)
+    for uri, table in tables:
         images = table.images()
         try:
             sources = locate_fields(
@@ -130,12 +128,6 @@ def _stage_tables(config: Config, staging: str, published: set[str]) -> _Staged:
         sources[IMAGE_NUMBER] = images[IMAGE_NUMBER]
         sources[PLATE] = images[PLATE]
         for plate in table.plates:
-            if plate in seen:
-                raise TableError(
-                    f"{uri}: plate {plate!r} is in {seen[plate]} already; a plate must come from "
-                    "one table, or its cells would be doubled"
-                )
-            seen[plate] = uri
             if plate in published or (settings.plates and plate not in settings.plates):
                 continue
             cells = table.read(plate)
@@ -156,8 +148,27 @@ def _stage_tables(config: Config, staging: str, published: set[str]) -> _Staged:
                 sources, on=[PLATE, IMAGE_NUMBER], how="left", validate="many_to_one"
             )
             staged.units.extend(stage_plate(staging, plate, cells, _CELLS_PER_UNIT, [IMAGE_NUMBER]))
-    _require_plates(settings.plates, list(seen), ", ".join(settings.tables))
     return staged
+
+
+def _open(config: Config, uri: str) -> Table:
+    table = open_table(uri, metadata=config.prepare.metadata)
+    for extra in config.prepare.metadata_files:
+        table = join_metadata(table, extra.uri, extra.on, extra.columns)
+    return table
+
+
+def _known_plates(tables: list[tuple[str, Table]]) -> list[str]:
+    seen: dict[str, str] = {}
+    for uri, table in tables:
+        for plate in table.plates:
+            if plate in seen:
+                raise TableError(
+                    f"{uri}: plate {plate!r} is in {seen[plate]} already; a plate must come from "
+                    "one table, or its cells would be doubled"
+                )
+            seen[plate] = uri
+    return list(seen)
 
 
 def _require_plates(chosen: list[str], known: list[str], where: str) -> None:

@@ -131,6 +131,41 @@ def test_another_ones_checkpoint_has_to_be_there_and_stays_as_it_is(tmp_path, pr
         derive(config(tmp_path, systems=systems | {"prior": prior}), "prior", 0)
 
 
+def test_given_checkpoints_are_scored_without_training(tmp_path, monkeypatch):
+    given = [str(tmp_path / "elsewhere"), "runs:/abc/model"]
+    whole = config(tmp_path, systems={"mine": {"checkpoints": given, "evaluate": {"draws": 2}}})
+    first, second = derive(whole, "mine", 0), derive(whole, "mine", 4)
+    assert [one.generate.checkpoint for one in (first, second)] == given
+    assert [one.evaluate.checkpoint for one in (first, second)] == given
+    assert first.evaluate.draws == 2
+    assert first.train.output not in given
+    trained = []
+    monkeypatch.setattr(comparison, "_run", lambda one, trains: trained.append(trains) or {})
+    with pytest.raises(KeyError, match="distances"):  # tabulation of the empty reports
+        comparison.compare(whole)
+    assert trained == [False, False]
+
+
+@pytest.mark.parametrize(
+    "more", [{"checkpoints": ["one"]}, {"checkpoints": "one"}, {"train": {"steps": 3}}]
+)
+def test_given_checkpoints_are_one_for_each_seed_and_bring_their_training(tmp_path, more):
+    mine = {"checkpoints": ["one", "two"]} | more
+    with pytest.raises(ConfigError, match=r"mine: checkpoints names one .*seeds \(2\)"):
+        derive(config(tmp_path, systems={"mine": mine}), "mine", 0)
+
+
+def test_table_says_when_systems_were_scored_on_other_cells():
+    other = report(5, 0.6)
+    other["protocol"]["plates"] = ["P3"]
+    same = {("paper", 0): report(70, 0.2), ("new", 0): report(5, 0.6)}
+    apart = same | {("new", 0): other}
+    assert "same cells" not in to_markdown(tabulate(same, ["paper", "new"]), same)
+    text = to_markdown(tabulate(apart, ["paper", "new"]), apart)
+    assert "**Not all were scored on the same cells**" in text
+    assert "1,000 cells: paper, seed 0; 1,000 cells: new, seed 0" in text
+
+
 def test_seeds_stand_once(tmp_path):
     with pytest.raises(ValueError, match="a seed stands twice"):
         config(tmp_path, seeds=[1, 1])
@@ -191,7 +226,7 @@ def test_a_finished_evaluation_is_not_repeated_unless_weights_or_settings_change
     monkeypatch.setattr(comparison, "train", lambda _: "trained")
     monkeypatch.setattr(comparison, "generate", lambda _: "generated")
     monkeypatch.setattr(comparison, "evaluate", evaluate)
-    monkeypatch.setattr(comparison, "load_model", lambda _: Weights)
+    monkeypatch.setattr(comparison, "load_model", lambda *_, **__: Weights)
     for _ in range(2):
         found = comparison._run(one)
     assert len(calls) == 1
