@@ -1,6 +1,7 @@
 """Several hosts on one machine: network namespaces on a bridge, a Ray node in each."""
 
 import contextlib
+import itertools
 import os
 import re
 import shutil
@@ -10,8 +11,11 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from string import ascii_lowercase
 
 _PREFIX = "cp2"
+_numbers = itertools.count()
+"""Tells apart the groups of hosts of one process."""
 RAY = Path(sys.executable).parent / "ray"
 DASHBOARD = 8265
 _NOTICES_LOSS = {
@@ -53,8 +57,9 @@ class Hosts:
     """
 
     def __init__(self, folder: Path, count: int, env: Mapping[str, str]) -> None:
-        owner = os.getpid()
-        self._name, self._net = f"{_PREFIX}{owner}", f"10.{77 + owner % 100}.{owner % 250}"
+        owner, number = os.getpid(), next(_numbers)
+        self._name = f"{_PREFIX}{owner}{ascii_lowercase[number]}"
+        self._net = f"10.{77 + owner % 100}.{(owner + number) % 250}"
         self._folder, self.count = folder, count
         self._env = env
 
@@ -236,6 +241,6 @@ def _remove(name: str) -> None:
 
 def _remove_orphans() -> None:
     listed = subprocess.run(["ip", "-o", "link"], capture_output=True, text=True).stdout
-    for owner in set(re.findall(rf" {_PREFIX}(\d+)b:", listed)):
+    for owner, letter in set(re.findall(rf" {_PREFIX}(\d+)([a-z])b:", listed)):
         if not Path(f"/proc/{owner}").exists():
-            _remove(f"{_PREFIX}{owner}")
+            _remove(f"{_PREFIX}{owner}{letter}")
