@@ -231,7 +231,7 @@ def concentration_figure(
 
 def _place(name: str, positions: Mapping[str, float] | None) -> str:
     known = (positions or {}).get(name)
-    return name if known is None else f"{name}\n({100 * known:.0f} % of the way)"
+    return name if known is None else f"{name}\n({round(100 * known)} % of the way)"
 
 
 def representatives_figure(
