@@ -145,6 +145,13 @@ class Config(Section):
                 "folder, and what it writes there is lost; give an absolute path or an s3:// "
                 "prefix (--set run.folder=…)"
             )
+        tracked = self.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+        if "://" in folder and self.tracking.enabled and not tracked and _JOB_COPY in os.getcwd():
+            raise ConfigError(
+                "a submitted job would record its runs in the temporary copy of its "
+                "folder, where they are lost; set tracking.uri or MLFLOW_TRACKING_URI to an MLflow server, "
+                "or tracking.enabled=false"
+            )
         data = self.model_dump()
         for section, keys in _PATHS.items():
             for key in keys:

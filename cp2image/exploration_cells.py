@@ -211,6 +211,13 @@ class ExploredCells:
         what = "negative controls"
         if treatments:
             compounds = self.names(COMPOUND)
+            known = sorted({*compounds, *self.cells["treatment"]} - {""})
+            for name in treatments:
+                if name not in known:
+                    raise EvaluationError(
+                        f"no cell of treatment {name!r}{nearest(name, known)}; there are "
+                        f"{len(known)}: {', '.join(known[:40])}"
+                    )
             chosen = np.isin(compounds, treatments) | self.cells["treatment"].isin(treatments)
             what = " or ".join(treatments)
         elif self.cells["control"].any():
@@ -219,10 +226,9 @@ class ExploredCells:
             chosen = chosen & (self.cells["split"] == split).to_numpy()
         rows = np.flatnonzero(chosen)
         if not len(rows):
-            known = ", ".join(sorted(self.cells["treatment"].unique())[:8])
             raise EvaluationError(
                 f"no cell to manipulate: none of the {len(self.cells):,} cells is one of the "
-                f"{what} in split {split!r}; known treatments: {known}"
+                f"{what} in split {split!r}"
             )
         return rows[np.argsort(self.keys(rows), kind="stable")[:count]]
 
@@ -261,7 +267,7 @@ def gather(config: Config, model: Model) -> ExploredCells:
     space = Coordinates(model.features, model.scaling.clip)
     center, scale = model.scaling.center_and_scale(plates.tolist())
     coordinates = space.encode(scaled, center, scale)
-    train = (cells["split"] == TRAIN).to_numpy()
+    train = (cells["split"] == TRAIN).to_numpy(copy=True)
     if train.sum() < 50:
         notes.append(
             f"only {train.sum()} of the cells are of the model's training split: covariance and "

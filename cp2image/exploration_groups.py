@@ -52,6 +52,11 @@ def represent(config: Config, explored: ExploredCells, album: Album) -> dict[str
         )
     if settings.groups:
         groups = {name: groups[name] for name in settings.groups}
+    if not groups:
+        raise EvaluationError(
+            f"explore.representatives.by = {settings.by!r}: the cells have no such column, or it "
+            "is empty; group them by well or cluster, or map the column"
+        )
     chosen = {
         name: rows[prototypes(points[rows[:MOST]], settings.prototypes)]
         for name, rows in groups.items()

@@ -329,3 +329,15 @@ def test_cells_of_a_step_are_the_presets_own_unless_set(train, cells):
 
 def test_losses_of_the_config_start_from_the_recipes_own():
     assert Config().train.stochastic.model_dump() == asdict(StochasticSetting())
+
+
+def test_a_submitted_job_records_where_it_is_kept(tmp_path, monkeypatch):
+    copy = tmp_path / "runtime_resources" / "working_dir_files" / "abc"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    away = Config.model_validate({"run": {"folder": "s3://bucket/x"}}).resolve()
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_URI"):
+        away.anchor()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+    assert away.anchor().run.folder == "s3://bucket/x"

@@ -323,8 +323,8 @@ def test_the_cluster_measures_what_this_process_measures(folder, ray_session, mo
     [
         ({"which": ["manipulate"], "manipulate": {"features": ["Nuclei_AreaShape_Aera"]}},
          ColumnError, "did you mean 'Nuclei_AreaShape_Area'"),
-        ({"which": ["manipulate"], "manipulate": {"treatments": ["taxl"]}},
-         EvaluationError, "no cell to manipulate: none of the .* taxl"),
+        ({"which": ["manipulate"], "manipulate": {"treatments": ["DMSO", "taxl"]}},
+         EvaluationError, "no cell of treatment 'taxl' .did you mean 'taxol"),
         ({"which": ["trajectories"], "trajectories": {"targets": ["nothing"]}},
          EvaluationError, "no cell of 'nothing'"),
         ({"which": ["concentrations"], "concentrations": {"compounds": ["DMS0"]}},
@@ -340,6 +340,34 @@ def test_what_is_not_there_is_named(folder, tmp_path, settings, error, message):
     with pytest.raises(error, match=message):
         explore(config_of(folder, tmp_path / "out", **settings))
     assert not (tmp_path / "out" / "exploration.json").exists()
+
+
+def altered_table(folder, tmp_path, alter):
+    cells = pd.read_parquet(folder / "measured").drop(columns="patch")
+    cells["Metadata_Plate"] = cells["Metadata_Plate"].astype(str)
+    place = tmp_path / "table.parquet"
+    alter(cells).to_parquet(place)
+    return str(place)
+
+
+@pytest.mark.usefixtures("obedient")
+def test_a_table_of_a_plate_the_model_never_saw_is_drawn_with_a_note(folder, tmp_path):
+    place = altered_table(folder, tmp_path, lambda cells: cells.assign(Metadata_Plate="new"))
+    config = config_of(folder, tmp_path / "out", input=place, which=["representatives"])
+    found = explore(config)
+    assert any(
+        "0 of the cells are of the model's training split" in n for n in found.protocol["notes"]
+    )
+    assert found.pictures
+
+
+@pytest.mark.usefixtures("obedient")
+def test_a_table_without_treatments_is_refused_with_what_to_group_by(folder, tmp_path):
+    unknown = ["Metadata_Compound", "Metadata_Concentration", "Metadata_MOA"]
+    place = altered_table(folder, tmp_path, lambda cells: cells.drop(columns=unknown))
+    settings = {"which": ["representatives"], "input": place}
+    with pytest.raises(EvaluationError, match=r"representatives.by = 'treatment': .*by well"):
+        explore(config_of(folder, tmp_path / "out", **settings))
 
 
 def test_percentiles_have_to_rise():
