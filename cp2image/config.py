@@ -148,9 +148,9 @@ class Config(Section):
         tracked = self.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
         if "://" in folder and self.tracking.enabled and not tracked and _JOB_COPY in os.getcwd():
             raise ConfigError(
-                "a submitted job would record its runs in the temporary copy of its "
-                "folder, where they are lost; set tracking.uri or MLFLOW_TRACKING_URI to an MLflow server, "
-                "or tracking.enabled=false"
+                "a submitted job would record its runs in the temporary copy of the working "
+                "folder, where they are lost; set tracking.uri or MLFLOW_TRACKING_URI to an MLflow "
+                "server, or tracking.enabled=false"
             )
         data = self.model_dump()
         for section, keys in _PATHS.items():
