@@ -354,7 +354,9 @@ def log_model(
             )
 
 
-def close_children(recorder: Recorder, statuses: Mapping[int, str] | None = None) -> list[str]:
+def close_children(
+    recorder: Recorder, statuses: Mapping[int, str], *, others: bool = False
+) -> list[str]:
     """Close the runs below a parent run that nobody writes to any more, as KILLED.
 
     Parameters
@@ -362,8 +364,11 @@ def close_children(recorder: Recorder, statuses: Mapping[int, str] | None = None
     recorder
         Of the parent.
     statuses
-        Number of a trial → what became of it, for the tag ``cp2image.status``; only these are
-        closed. None: all that are still open.
+        Number of a trial → what became of it, for the tag ``cp2image.status``. A run that is
+        open is closed. That of a trial which was ``stopped`` becomes KILLED whatever its own
+        process has made of its sudden end.
+    others
+        Whether runs of other trials are closed too if they are still open.
 
     Returns
     -------
@@ -377,11 +382,12 @@ def close_children(recorder: Recorder, statuses: Mapping[int, str] | None = None
     condition = f"tags.`mlflow.parentRunId` = '{recorder.run_id}'"
     closed = []
     for run in client.search_runs([experiment], condition, max_results=1000):
-        known = statuses or {}
         number = int(run.data.tags.get("cp2image.trial", -1))
-        if number in known:
-            client.set_tag(run.info.run_id, "cp2image.status", known[number])
-        if run.info.status == "RUNNING" and (statuses is None or number in known):
+        became = statuses.get(number)
+        if became is not None:
+            client.set_tag(run.info.run_id, "cp2image.status", became)
+        is_left = run.info.status == "RUNNING" and (others or became is not None)
+        if is_left or (became == "stopped" and run.info.status != "KILLED"):
             client.set_terminated(run.info.run_id, "KILLED")
             closed.append(str(run.info.run_id))
     return closed

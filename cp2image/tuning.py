@@ -91,12 +91,13 @@ def tune(config: Config) -> Tuning:
         try:
             _search(sweep, recorder)
             _finals(sweep, recorder)
+            return _publish(sweep, recorder)
         finally:
             for trial in sweep.table.trials:
                 delete_tree(join(sweep.table.folder(trial.number), "checkpoint", "_ray"))
             delete_tree(join(out, "_ray"))
-            close_children(recorder)
-        return _publish(sweep, recorder)
+            became = {trial.number: trial.status for trial in sweep.table.trials if trial.is_over}
+            close_children(recorder, became, others=True)
 
 
 def _base(config: Config) -> Config:
