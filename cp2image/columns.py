@@ -175,6 +175,39 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {folded[close[0]]!r}?)" if close else ""
 
 
+def listed(names: Sequence[str], most: int = 40) -> str:
+    """Return names as a text for an error, so many at most; ``none`` if there is none."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more or "none"
+
+
+_UNITS = {
+    **dict.fromkeys(("Area", "BoundingBoxArea", "ConvexArea"), "px²"),
+    **dict.fromkeys(("Perimeter", "MajorAxisLength", "MinorAxisLength"), "px"),
+    **dict.fromkeys(("MaxFeretDiameter", "MinFeretDiameter", "EquivalentDiameter"), "px"),
+    **dict.fromkeys(("MaximumRadius", "MeanRadius", "MedianRadius"), "px"),
+    "Orientation": "°",
+}
+_BRIGHTNESS = ("Mean", "Median", "Min", "Max", "Std", "LowerQuartile", "UpperQuartile")
+
+
+def unit_of(name: str) -> str:
+    """Return the unit of a feature as its axis shows it, empty if it has none or it is not known.
+
+    CellProfiler measures shapes in pixels and degrees, and brightness as a share of the image
+    type's full range.
+    """
+    column = parse_column(name)
+    if column is None:
+        return ""
+    if column.category == "AreaShape":
+        return _UNITS.get(name.partition("_AreaShape_")[2], "")
+    if column.category == "Intensity":
+        kind = name.partition("_Intensity_")[2].partition("Intensity")[0]
+        return "of the full range" if kind in _BRIGHTNESS else ""
+    return ""
+
+
 def require_columns(present: Sequence[str], wanted: Iterable[str], where: str) -> None:
     """Check that every wanted column is present, and no column twice.
 

@@ -19,13 +19,15 @@ def _rising(pair: tuple[float, float]) -> tuple[float, float]:
 
 
 Percentiles = Annotated[tuple[float, float], AfterValidator(_rising)]
+_Steps = Annotated[Positive, Field(ge=3)]
+_Features = Annotated[list[Name], Field(min_length=1)]
 _Modes = Annotated[list[Mode], Field(min_length=1)]
 
 
 class Manipulate(Section):
     """One feature over its observed range, drawn and measured again (the paper's Fig. 4c)."""
 
-    features: list[Name] = [
+    features: _Features = [
         "Nuclei_AreaShape_Area",
         "Nuclei_AreaShape_Orientation",
         "Nuclei_Intensity_MeanIntensity_DNA",
@@ -35,7 +37,7 @@ class Manipulate(Section):
     modes: _Modes = ["conditional", "single"]
     percentiles: Percentiles = (1.0, 99.0)
     """Of the training cells: the ends of the observed range."""
-    steps: Annotated[Positive, Field(ge=2)] = 9
+    steps: _Steps = 9
     cells: Positive = 32
     """Cells that the response is measured on."""
     split: Split = "all"
@@ -51,11 +53,11 @@ class Manipulate(Section):
 class Responses(Section):
     """The same without figures, for many features: which knobs work."""
 
-    features: list[Name] = ["*"]
+    features: _Features = ["*"]
     """Names or patterns, of the checkpoint's features."""
     modes: _Modes = ["conditional", "single"]
     percentiles: Percentiles = (1.0, 99.0)
-    steps: Annotated[Positive, Field(ge=2)] = 5
+    steps: _Steps = 5
     cells: Positive = 8
     split: Split = "all"
     treatments: list[Name] = []
@@ -81,6 +83,8 @@ class Concentrations(Section):
     points: Annotated[Positive, Field(ge=2)] = 7
     real: Count = 4
     """Real cells shown at each concentration."""
+    unit: str = ""
+    """Of the concentrations (``µM``), for the figures; a CellProfiler table does not tell it."""
     fewest: Positive = 5
     """Cells that a concentration needs to be taken in."""
 
@@ -90,9 +94,9 @@ class Representatives(Section):
 
     by: Literal["well", "treatment", "moa", "plate", "cluster"] = "treatment"
     groups: list[Name] = []
-    """Only these; empty: all."""
+    """Only these; empty: all. Of treatments, a compound is all its concentrations."""
     prototypes: Positive = 4
-    """Cells of each group, the medoid first."""
+    """Cells of each group: the medoid, then such as stand for what the others are far from."""
     clusters: Annotated[Positive, Field(ge=2)] = 8
     """Number of them where ``by`` is ``cluster``."""
 

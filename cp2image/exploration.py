@@ -1,10 +1,9 @@
 """What a feature looks like: manipulations, paths, typical cells, an atlas. Step.
 
 Everything is drawn by one checkpoint from the features of ``explore.input``; a figure, its vectors
-and its images lie side by side in ``explore.output``.
+and its images lie side by side, the protocol with them, in a folder of each exploration.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,16 +14,16 @@ from cp2image.checkpoint import load_model
 from cp2image.config import Config
 from cp2image.exploration_album import Album, file_name
 from cp2image.exploration_cells import ExploredCells, gather
-from cp2image.exploration_groups import draw_atlas, represent
-from cp2image.exploration_knobs import turn_all, turn_some
-from cp2image.exploration_paths import follow_doses, travel
-from cp2image.storage import join, write_bytes
+from cp2image.exploration_groups import draw_atlas, groups_of, plates_of, represent
+from cp2image.exploration_knobs import all_knobs, chosen_knobs, turn_all, turn_some
+from cp2image.exploration_paths import doses_of, follow_doses, targets_of, travel
+from cp2image.storage import join
 from cp2image.tracking import record, tracking_uri
 
 
 @dataclass(frozen=True)
 class Exploration:
-    """What an exploration found; ``exploration.json`` holds the same.
+    """What was found; ``exploration.json`` in the folder of each exploration holds its part.
 
     Attributes
     ----------
@@ -35,7 +34,7 @@ class Exploration:
     found
         Exploration → its numbers.
     pictures
-        Names without suffix.
+        Paths below ``uri``, without suffix.
     metrics
         The same numbers, flat, for MLflow.
     """
@@ -55,9 +54,11 @@ class Exploration:
         ]
         for name, modes in self.found.get("manipulate", {}).items():
             for mode, found in modes.items():
-                rises = "rises with every step" if found["rises"] else "does not rise at every step"
+                how = f"Spearman {found['spearman']:.2f}, {_course(found)}"
+                if not np.isfinite(found["spearman"]):
+                    how = "not measured: too few cells in which it is defined"
                 lines.append(
-                    f"  {name}, {mode}: Spearman {found['spearman']:.2f}, the mean {rises}, "
+                    f"  {name}, {mode}: {how}, "
                     f"{100 * found['outside']:.0f} % far out, "
                     f"{100 * found['contradictory']:.0f} % contradict their other features"
                 )
@@ -77,8 +78,18 @@ class Exploration:
         return "\n".join(lines)
 
 
+def _course(found: dict[str, Any]) -> str:
+    if not found["directed"]:
+        return "the angles have no common direction"
+    rises = "rises with every step" if found["rises"] else "does not rise with every step"
+    return f"slope {found['slope']:.2f}, the mean {rises}"
+
+
 def explore(config: Config) -> Exploration:
     """Draw what ``explore.which`` asks for and store it below ``explore.output``.
+
+    Every name that is asked for is looked up before anything is drawn. Each exploration has a
+    folder of its own with its own protocol, so one that is run again leaves the others as they are.
 
     Raises
     ------
@@ -87,30 +98,40 @@ def explore(config: Config) -> Exploration:
     ColumnError
         If the input lacks features of the model, or a feature or column asked for is not there.
     EvaluationError
-        If no cell is left to look at.
+        If no cell is left to look at, or a group asked for has none.
     """
     settings = config.explore
     model = load_model(settings.checkpoint, store=tracking_uri(config))
+    explored = gather(config, model)
+    wanted = list(dict.fromkeys(settings.which))
+    for name in wanted:
+        _EXPLORATIONS[name].check(config, explored)
+    found: dict[str, Any] = {}
+    albums: list[Album] = []
     with record(config, "explore") as recorder:
-        explored = gather(config, model)
-        album = Album(settings.output, explored)
-        found: dict[str, Any] = {}
-        for name in dict.fromkeys(settings.which):
+        for name in wanted:
             print(f"explore: {name}", flush=True)
-            found[name] = _EXPLORATIONS[name](config, explored, album)
-        result = _finish(config, explored, album, found)
-        recorder.metrics(result.metrics)
-        recorder.folder(settings.output, "exploration")
-    return result
+            album = Album(join(settings.output, name), explored)
+            found[name] = _EXPLORATIONS[name].draw(config, explored, album)
+            protocol = _protocol(config, explored, [album])
+            content = {"protocol": protocol, name: found[name], "pictures": album.names}
+            album.close(_plain(content), config.yaml())
+            recorder.metrics(dict(_flat({name: found[name]})))
+            recorder.folder(album.uri, f"exploration/{name}")
+            albums.append(album)
+    pictures = [
+        f"{n}/{picture}" for n, one in zip(wanted, albums, strict=True) for picture in one.names
+    ]
+    return Exploration(
+        settings.output, _protocol(config, explored, albums), found, pictures, dict(_flat(found))
+    )
 
 
-def _finish(
-    config: Config, explored: ExploredCells, album: Album, found: dict[str, Any]
-) -> Exploration:
+def _protocol(config: Config, explored: ExploredCells, albums: list[Album]) -> dict[str, Any]:
     settings, artist = config.explore, explored.artist
     guard = artist.guard
     card = artist.model.card
-    protocol = {
+    return {
         "checkpoint": {
             "uri": settings.checkpoint,
             "sha256": artist.model.hash,
@@ -125,25 +146,19 @@ def _finish(
         "space": f"{len(artist.model.features)} scaled features, angles as cosine and sine",
         "covariance": {
             "cells": guard.covariance.cells,
+            "of": f"training cells among those of {settings.input}",
             "shrinkage": guard.covariance.shrinkage,
         },
         "outside": {
-            "distance": "Mahalanobis, shrunk covariance of training cells",
+            "distance": "Mahalanobis, shrunk covariance",
             "limit": guard.limit,
             "share": guard.share,
             "held_back_cells": guard.held_back,
         },
-        "images": album.images,
-        "images_outside": album.outside,
-        "notes": [*explored.notes, *album.notes],
+        "images": sum(album.images for album in albums),
+        "images_outside": sum(album.outside for album in albums),
+        "notes": [*explored.notes, *(note for album in albums for note in album.notes)],
     }
-    metrics = dict(_flat(found))
-    result = Exploration(album.uri, protocol, found, album.names, metrics)
-    write_bytes(join(album.uri, "_config.yaml"), config.yaml().encode())
-    content = {"protocol": protocol, **found, "pictures": album.names}
-    text = json.dumps(_plain(content), indent=1, default=str, allow_nan=False)
-    write_bytes(join(album.uri, "exploration.json"), text.encode())
-    return result
 
 
 def _flat(found: dict[str, Any]) -> dict[str, float]:
@@ -170,11 +185,19 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
-_EXPLORATIONS: dict[str, Callable[[Config, ExploredCells, Album], dict[str, Any]]] = {
-    "manipulate": turn_some,
-    "responses": turn_all,
-    "trajectories": travel,
-    "concentrations": follow_doses,
-    "representatives": represent,
-    "atlas": draw_atlas,
+@dataclass(frozen=True)
+class _Kind:
+    """An exploration: its check refuses what the cells have not, before anything is drawn."""
+
+    check: Callable[[Config, ExploredCells], object]
+    draw: Callable[[Config, ExploredCells, Album], dict[str, Any]]
+
+
+_EXPLORATIONS = {
+    "manipulate": _Kind(chosen_knobs, turn_some),
+    "responses": _Kind(all_knobs, turn_all),
+    "trajectories": _Kind(targets_of, travel),
+    "concentrations": _Kind(doses_of, follow_doses),
+    "representatives": _Kind(groups_of, represent),
+    "atlas": _Kind(plates_of, draw_atlas),
 }

@@ -1,6 +1,8 @@
-"""An exploration's folder: figure, vectors and images side by side. Floor: below the step."""
+"""One exploration's folder: figure, vectors, images, protocol. Floor: below the step."""
 
 import io
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +16,7 @@ from cp2image.columns import METADATA
 from cp2image.data.schema import build_table, to_parquet
 from cp2image.exploration_cells import ExploredCells
 from cp2image.figures.canvas import save
-from cp2image.storage import join, write_bytes
+from cp2image.storage import delete_file, exists, join, read_bytes, write_bytes
 
 DISTANCE, OUTSIDE = "Metadata_Distance", "Metadata_Outside"
 """Mahalanobis distance over the guard's limit, and 1 where it is above 1."""
@@ -24,6 +26,9 @@ DISTANCE, OUTSIDE = "Metadata_Distance", "Metadata_Outside"
 class Album:
     """A folder of pictures with what they were drawn from.
 
+    What an earlier run left in the folder loses its protocol with the first new file, and what is
+    not drawn again goes when the new protocol is there: no protocol speaks of others' pictures.
+
     Attributes
     ----------
     uri
@@ -32,6 +37,8 @@ class Album:
         The cells.
     names
         Pictures so far.
+    files
+        All files so far.
     notes
         What was not drawn and why, a sentence each.
     images, outside
@@ -41,9 +48,12 @@ class Album:
     uri: str
     explored: ExploredCells
     names: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     images: int = 0
     outside: int = 0
+    _begun: bool = False
+    _earlier: list[str] = field(default_factory=list)
 
     def add(
         self,
@@ -60,7 +70,7 @@ class Album:
         Parameters
         ----------
         name
-            Path within the folder, without suffix.
+            Name of its files, without suffix.
         figure
             The picture.
         rows
@@ -82,17 +92,43 @@ class Album:
         features = explored.artist.own_units(scaled, explored.plates(rows))
         form = explored.artist.model.patch_format
         place = join(self.uri, name)
+        self._begin()
         for suffix in ("png", "svg"):
             save(figure, f"{place}.{suffix}")
         write_bytes(f"{place}.parquet", to_parquet(build_table(metadata, features, patches, form)))
         write_bytes(f"{place}.tif", encode_stack(patches, form.channels))
         self.names.append(name)
+        self.files += [f"{name}.{suffix}" for suffix in ("png", "svg", "parquet", "tif")]
         self.images += len(patches)
         self.outside += int((relative > 1).sum())
 
     def table(self, name: str, frame: pd.DataFrame) -> None:
         """Store ``<name>.csv``."""
+        self._begin()
         write_bytes(join(self.uri, f"{name}.csv"), frame.to_csv(index=False).encode())
+        self.files.append(f"{name}.csv")
+
+    def close(self, content: Mapping[str, Any], config: str) -> None:
+        """Store ``exploration.json`` and ``_config.yaml``; remove what an earlier run had more."""
+        self._begin()
+        own = {"exploration.json", "_config.yaml", *self.files}
+        write_bytes(join(self.uri, "_config.yaml"), config.encode())
+        text = json.dumps({**content, "files": sorted(own)}, indent=1, default=str, allow_nan=False)
+        write_bytes(join(self.uri, "exploration.json"), text.encode())
+        for name in set(self._earlier) - own:
+            delete_file(join(self.uri, name))
+
+    def _begin(self) -> None:
+        """Withdraw an earlier run's protocol, once, before the first file is replaced."""
+        if self._begun:
+            return
+        self._begun = True
+        place = join(self.uri, "exploration.json")
+        if exists(place):
+            names = json.loads(read_bytes(place)).get("files", [])
+            self._earlier = [name for name in names if "/" not in name]
+        unfinished = {"unfinished": True, "files": self._earlier}
+        write_bytes(place, json.dumps(unfinished).encode())
 
 
 def encode_stack(patches: NDArray[np.uint8], channels: tuple[str, ...]) -> bytes:

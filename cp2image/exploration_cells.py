@@ -17,6 +17,7 @@ from cp2image.columns import (
     MOA,
     PLATE,
     WELL,
+    listed,
     nearest,
     parse_column,
     require_columns,
@@ -216,7 +217,7 @@ class ExploredCells:
                 if name not in known:
                     raise EvaluationError(
                         f"no cell of treatment {name!r}{nearest(name, known)}; there are "
-                        f"{len(known)}: {', '.join(known[:40])}"
+                        f"{len(known)}: {listed(known)}"
                     )
             chosen = np.isin(compounds, treatments) | self.cells["treatment"].isin(treatments)
             what = " or ".join(treatments)

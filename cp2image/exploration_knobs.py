@@ -4,7 +4,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
+from cp2image.columns import unit_of
 from cp2image.config import Config
 from cp2image.exploration_album import Album, file_name, join_parts
 from cp2image.exploration_cells import ExploredCells, match_features
@@ -19,28 +21,44 @@ from cp2image.exploration_responses import (
     respond,
     response_rows,
 )
-from cp2image.figures.explorations import manipulation_figure
+from cp2image.figures.explorations import count, manipulation_figure
 from cp2image.figures.sheets import FAR, ODD
 from cp2image.metrics.phenotypes.response import Response
 
 
-def turn_some(config: Config, explored: ExploredCells, album: Album) -> dict[str, Any]:
-    """Set one feature after another over its range; draw, measure, tabulate.
-
-    Returns
-    -------
-    dict
-        For the report.
+def chosen_knobs(config: Config, explored: ExploredCells) -> tuple[list[str], NDArray[np.int64]]:
+    """Return the features to be set one by one and the rows of the cells they are set in.
 
     Raises
     ------
-    EvaluationError, ColumnError
-        If what is asked for is not among the cells.
+    ColumnError, EvaluationError
+        If the checkpoint has no such feature, or there is no such cell.
     """
-    settings, artist = config.explore.manipulate, explored.artist
+    settings = config.explore.manipulate
     key = "explore.manipulate.features"
+    features = match_features(settings.features, explored.artist.model.features, key)
+    return features, explored.sample(settings.cells, settings.split, settings.treatments)
+
+
+def all_knobs(config: Config, explored: ExploredCells) -> tuple[list[str], NDArray[np.int64]]:
+    """Return the same for ``explore.responses``: of the features, those that can be measured.
+
+    Raises
+    ------
+    ColumnError, EvaluationError
+        If the checkpoint has no such feature, or there is no such cell.
+    """
+    settings, artist = config.explore.responses, explored.artist
+    key = "explore.responses.features"
     features = match_features(settings.features, artist.model.features, key)
     rows = explored.sample(settings.cells, settings.split, settings.treatments)
+    return [feature for feature in features if artist.measurable(feature)], rows
+
+
+def turn_some(config: Config, explored: ExploredCells, album: Album) -> dict[str, Any]:
+    """Set one feature after another over its range; draw, measure, tabulate; see `chosen_knobs`."""
+    settings, artist = config.explore.manipulate, explored.artist
+    features, rows = chosen_knobs(config, explored)
     base = Base.of(explored, rows)
     shown = min(settings.shown, len(rows))
     found: dict[str, Any] = {}
@@ -84,6 +102,7 @@ def turn_some(config: Config, explored: ExploredCells, album: Album) -> dict[str
                 "spearman": response.spearman,
                 "spearman_of_means": response.spearman_of_means,
                 "slope": response.slope,
+                "directed": response.directed,
                 "rises": response.rises,
                 "outside": float((far > 1).mean()),
                 "contradictory": float((odd > 1).mean()),
@@ -99,31 +118,21 @@ def turn_some(config: Config, explored: ExploredCells, album: Album) -> dict[str
             responses,
             explored.look,
             same_scale=artist.same_scale(feature),
-            note=f"mean and standard deviation over {len(rows)} cells{averaged}",
+            unit=unit_of(feature),
+            note=f"mean and standard deviation over {count(len(rows), 'cell')}{averaged}",
         )
         joined = [join_parts([part[i] for part in parts]) for i in range(5)]
-        album.add(f"manipulate/{file_name(feature)}", figure, *joined)
+        album.add(file_name(feature), figure, *joined)
     if tables:
-        album.table("manipulate/responses", pd.concat(tables, ignore_index=True))
+        album.table("responses", pd.concat(tables, ignore_index=True))
     return found
 
 
 def turn_all(config: Config, explored: ExploredCells, album: Album) -> dict[str, Any]:
-    """Turn every knob and say which ones work.
-
-    Returns
-    -------
-    dict
-        For the report.
-
-    Raises
-    ------
-    EvaluationError, ColumnError
-        If what is asked for is not among the cells.
-    """
-    steps = respond(config, explored, config.explore.responses)
-    album.table("responses/steps", steps)
-    album.table("responses/knobs", knob_table(steps))
+    """Turn every knob of `all_knobs` and say which ones work."""
+    steps = respond(config, explored, *all_knobs(config, explored))
+    album.table("steps", steps)
+    album.table("knobs", knob_table(steps))
     found = {}
     for mode in config.explore.responses.modes if len(steps) else []:
         knobs = steps[steps["mode"] == mode].drop_duplicates("feature")

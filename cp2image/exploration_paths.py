@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from cp2image.columns import COMPOUND, CONCENTRATION, MOA, PLATE, WELL, nearest
+from cp2image.columns import COMPOUND, CONCENTRATION, MOA, PLATE, WELL, listed, nearest
 from cp2image.config import Config
 from cp2image.errors import EvaluationError
 from cp2image.exploration_album import Album, file_name, join_parts
@@ -27,21 +27,10 @@ from cp2image.metrics.phenotypes.representatives import prototypes
 
 
 def travel(config: Config, explored: ExploredCells, album: Album) -> dict[str, Any]:
-    """Walk from the typical control to the typical cell of each target.
-
-    Returns
-    -------
-    dict
-        For the report.
-
-    Raises
-    ------
-    EvaluationError, ColumnError
-        If what is asked for is not among the cells.
-    """
+    """Walk from the typical control to the typical cell of each target, see `targets_of`."""
     settings, artist = config.explore.trajectories, explored.artist
     control = np.flatnonzero(explored.cells["control"].to_numpy())
-    targets = _targets(explored, settings.targets)
+    targets = targets_of(config, explored)
     if not len(control) or not targets:
         what = "mechanism of action to go to" if len(control) else "negative control to start from"
         album.notes.append(f"no trajectory was drawn: the cells have no {what}")
@@ -78,7 +67,7 @@ def travel(config: Config, explored: ExploredCells, album: Album) -> dict[str, A
             explored.look,
             real=None if ends is None else {"start": ends[:1], "target": ends[1:]},
         )
-        album.add(f"trajectories/{file_name(name)}", figure, here, about, scaled, relative, patches)
+        album.add(file_name(name), figure, here, about, scaled, relative, patches)
         tables.append(about.assign(outside=relative > 1, distance=relative))
         found[name] = {
             "cells": len(rows),
@@ -87,11 +76,19 @@ def travel(config: Config, explored: ExploredCells, album: Album) -> dict[str, A
             "at_the_start": float(way.similarity[0]),
             "outside": float((relative > 1).mean()),
         }
-    album.table("trajectories/steps", pd.concat(tables, ignore_index=True))
+    album.table("steps", pd.concat(tables, ignore_index=True))
     return found
 
 
-def _targets(explored: ExploredCells, wanted: list[str]) -> dict[str, NDArray[np.int64]]:
+def targets_of(config: Config, explored: ExploredCells) -> dict[str, NDArray[np.int64]]:
+    """Return the rows of each target of ``explore.trajectories``: none named: all mechanisms.
+
+    Raises
+    ------
+    EvaluationError
+        If no cell is of a target, or only controls are, which are where the ways begin.
+    """
+    wanted = config.explore.trajectories.targets
     control = explored.cells["control"].to_numpy()
     groups: dict[str, NDArray[np.bool_]] = {}
     moas = explored.names(MOA) if MOA in explored.cells else np.full(len(control), "", object)
@@ -102,7 +99,12 @@ def _targets(explored: ExploredCells, wanted: list[str]) -> dict[str, NDArray[np
             known = sorted({*moas, *treatments} - {""})
             raise EvaluationError(
                 f"explore.trajectories.targets: no cell of {name!r}{nearest(name, known)}; known "
-                f"mechanisms: {', '.join(sorted(set(moas) - {''})) or 'none'}"
+                f"mechanisms: {listed(sorted(set(moas[~control]) - {''}))}"
+            )
+        if not (rows & ~control).any():
+            raise EvaluationError(
+                f"explore.trajectories.targets: {name!r} are the negative controls, where every "
+                f"way begins; known mechanisms: {listed(sorted(set(moas[~control]) - {''}))}"
             )
         groups[name] = rows
     return {name: np.flatnonzero(rows) for name, rows in groups.items()}
@@ -115,23 +117,12 @@ def _about(explored: ExploredCells, row: int) -> str:
 
 
 def follow_doses(config: Config, explored: ExploredCells, album: Album) -> dict[str, Any]:
-    """Draw each compound's line from the controls to its highest concentration.
-
-    Returns
-    -------
-    dict
-        For the report.
-
-    Raises
-    ------
-    EvaluationError, ColumnError
-        If what is asked for is not among the cells.
-    """
+    """Draw each compound's line from the controls to its highest concentration, see `doses_of`."""
     settings, artist = config.explore.concentrations, explored.artist
     shares = np.linspace(0, 1, settings.points)
     found: dict[str, Any] = {}
     tables = []
-    lines = _doses(explored, settings.compounds, settings.fewest)
+    lines = doses_of(config, explored)
     if not lines:
         album.notes.append(
             f"no line of concentrations was drawn: no compound has two concentrations of "
@@ -149,7 +140,7 @@ def follow_doses(config: Config, explored: ExploredCells, album: Album) -> dict[
         typical = int(control[nearest_to_mean(explored.coordinates[control])])
         along = line(start, end, shares)
         moved = explored.coordinates[typical] + along - start
-        ways = {"mean profile": along, "one control\ncell moved": moved}
+        ways = {"one control\ncell moved": moved, "mean profile": along}
         here = np.full(len(shares), typical)
         scaled = {name: artist.scaled(x, explored.plates(here)) for name, x in ways.items()}
         relative = {name: explored.relative(x, here) for name, x in scaled.items()}
@@ -172,6 +163,7 @@ def follow_doses(config: Config, explored: ExploredCells, album: Album) -> dict[
             explored.look,
             real=real,
             positions={name: float(x.mean()) for name, x in positions.items()},
+            between=_between(explored, groups, positions, shares, settings.unit),
         )
         names = list(ways)
         about = pd.DataFrame(
@@ -182,7 +174,7 @@ def follow_doses(config: Config, explored: ExploredCells, album: Album) -> dict[
             }
         )
         album.add(
-            f"concentrations/{file_name(compound)}",
+            file_name(compound),
             figure,
             np.tile(here, len(names)),
             about,
@@ -204,14 +196,20 @@ def follow_doses(config: Config, explored: ExploredCells, album: Album) -> dict[
             name: {"cells": len(groups[name]), "position": float(positions[name].mean())}
             for name in groups
         }
-    album.table("concentrations/positions", pd.concat(tables, ignore_index=True))
+    album.table("positions", pd.concat(tables, ignore_index=True))
     return found
 
 
-def _doses(
-    explored: ExploredCells, wanted: list[str], fewest: int
-) -> dict[str, dict[str, NDArray[np.int64]]]:
-    """Return, per compound, the controls of its plates and its concentrations, rising."""
+def doses_of(config: Config, explored: ExploredCells) -> dict[str, dict[str, NDArray[np.int64]]]:
+    """Return, per compound, the controls of its plates and its concentrations, rising.
+
+    Raises
+    ------
+    EvaluationError, ColumnError
+        If a compound that is asked for has too few cells, or the cells have no concentrations.
+    """
+    settings = config.explore.concentrations
+    wanted, fewest = settings.compounds, settings.fewest
     cells, control = explored.cells, explored.cells["control"].to_numpy()
     if not wanted and not {COMPOUND, CONCENTRATION} <= set(cells):
         return {}
@@ -222,7 +220,8 @@ def _doses(
     if unknown:
         raise EvaluationError(
             f"explore.concentrations.compounds: no cell of {unknown[0]!r}"
-            f"{nearest(unknown[0], sorted(set(compounds)))}"
+            f"{nearest(unknown[0], sorted(set(compounds)))}; there are: "
+            f"{listed(sorted(set(compounds[~control]) - {''}))}"
         )
     found: dict[str, dict[str, NDArray[np.int64]]] = {}
     for name in wanted or sorted(set(compounds[~control]) - {""}):
@@ -234,7 +233,7 @@ def _doses(
         for value in np.unique(dose[own]):
             rows = np.flatnonzero(own & (dose == value))
             if len(rows) >= fewest:
-                groups[f"{name} {format_number(float(value))}"] = rows
+                groups[f"{name} {format_number(float(value))} {settings.unit}".rstrip()] = rows
         if len(groups) >= (2 if name in wanted else 3):
             found[name] = groups
         elif name in wanted:
@@ -244,3 +243,29 @@ def _doses(
                 "see explore.concentrations.fewest"
             )
     return found
+
+
+def _between(
+    explored: ExploredCells,
+    groups: dict[str, NDArray[np.int64]],
+    positions: dict[str, NDArray[np.float64]],
+    shares: NDArray[np.float64],
+    unit: str,
+) -> list[str]:
+    """Return the concentration that each place of a line stands for, by where the doses' means lie.
+
+    Between two of them it rises evenly in the logarithm; below the lowest nothing is known of it.
+    Empty where the doses do not lie in their order.
+    """
+    names = [name for name in groups if name != "control"]
+    dose = [float(explored.cells[CONCENTRATION].iloc[groups[name][0]]) for name in names]
+    at = np.array([positions[name].mean() for name in names])
+    if len(at) < 2 or (np.diff(at) <= 0).any() or dose[0] <= 0:
+        return []
+    found = np.exp(np.interp(shares, at, np.log(dose)))
+    texts = [f"≈ {format_number(value)}" for value in found]
+    lowest = f"< {format_number(dose[0])}"
+    return [
+        f"{lowest if share < at[0] else text} {unit}".rstrip()
+        for share, text in zip(shares, texts, strict=True)
+    ]

@@ -14,10 +14,10 @@ from cp2image.checkpoint import load_model
 from cp2image.cluster import join_cluster
 from cp2image.columns import parse_column
 from cp2image.config import Config
-from cp2image.config_explore import Mode, Responses
+from cp2image.config_explore import Mode
 from cp2image.data.scaling import Scaling
 from cp2image.data.splits import TRAIN
-from cp2image.exploration_cells import Artist, ExploredCells, match_features
+from cp2image.exploration_cells import Artist, ExploredCells
 from cp2image.metrics.phenotypes.covariance import Guard
 from cp2image.metrics.phenotypes.response import Response, circular_mean, summarise_response
 from cp2image.tracking import tracking_uri
@@ -183,8 +183,10 @@ class Measured:
     contradicts: NDArray[np.float64]
 
 
-def respond(config: Config, explored: ExploredCells, settings: Responses) -> pd.DataFrame:
-    """Turn every knob of ``settings`` and measure what happens.
+def respond(
+    config: Config, explored: ExploredCells, features: Sequence[str], rows: NDArray[np.int64]
+) -> pd.DataFrame:
+    """Turn every knob as ``explore.responses`` says and measure what happens.
 
     Parameters
     ----------
@@ -192,20 +194,18 @@ def respond(config: Config, explored: ExploredCells, settings: Responses) -> pd.
         The experiment; says where the cluster is.
     explored
         The cells.
-    settings
-        Which features, cells, steps.
+    features
+        That can be measured.
+    rows
+        Of the cells they are set in.
 
     Returns
     -------
     DataFrame
         A row per feature, mode and step: see `response_rows`.
     """
-    artist = explored.artist
-    features = match_features(
-        settings.features, artist.model.features, "explore.responses.features"
-    )
-    features = [feature for feature in features if artist.measurable(feature)]
-    base = Base.of(explored, explored.sample(settings.cells, settings.split, settings.treatments))
+    artist, settings = explored.artist, config.explore.responses
+    base = Base.of(explored, rows)
     knobs = [
         Knob(feature, mode, requested)
         for feature in features
@@ -294,7 +294,7 @@ def response_rows(
     (share of the cells that are far from the training cells), ``distance`` (median, over the
     limit), ``contradictory`` (share whose value the cell's other features contradict), and, the
     same in each row of a knob, ``spearman``, ``spearman_of_means``, ``slope``, ``rises``,
-    ``same_scale``.
+    ``directed``, ``same_scale``.
     """
     feature, requested = one.knob.feature, one.knob.requested
     found = summarise_response(requested, one.measured, artist.space.period_of(feature))
@@ -317,6 +317,7 @@ def response_rows(
             "spearman_of_means": found.spearman_of_means,
             "slope": found.slope,
             "rises": found.rises,
+            "directed": found.directed,
             "same_scale": artist.same_scale(feature),
         }
     )

@@ -394,3 +394,20 @@ def delete_tree(uri: str) -> None:
             shutil.rmtree(path)
 
     attempt(uri, "remove", clear)
+
+
+def delete_file(uri: str) -> None:
+    """Remove a file that this program made; a missing one is no error.
+
+    Raises
+    ------
+    StorageError
+        If it cannot be removed, or is a folder.
+    """
+    files, path = filesystem(uri)
+
+    def clear() -> None:
+        if files.get_file_info(path).type != arrow_fs.FileType.NotFound:
+            files.delete_file(path)
+
+    attempt(uri, "remove", clear)

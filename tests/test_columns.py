@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cp2image.columns import CATEGORIES, measurements, nearest, parse_column, require_columns
+from cp2image.columns import (
+    CATEGORIES,
+    listed,
+    measurements,
+    nearest,
+    parse_column,
+    require_columns,
+    unit_of,
+)
 from cp2image.errors import ColumnError
 
 WELLS = "bbbc021/well_profiles/ljosa_jbiomolscreen_2013_per_well_mean.csv.gz"
@@ -233,3 +241,24 @@ def test_present_columns_pass_in_any_order():
 
 def test_nearest_is_silent_when_nothing_is_near():
     assert nearest("DNA", ["Tubulin"]) == ""
+
+
+def test_units_are_those_of_what_is_measured():
+    units = {
+        "Nuclei_AreaShape_Area": "px²",
+        "Cells_AreaShape_MajorAxisLength": "px",
+        "Nuclei_AreaShape_Orientation": "°",
+        "Nuclei_AreaShape_Eccentricity": "",
+        "Nuclei_Intensity_MeanIntensity_DNA": "of the full range",
+        "Nuclei_Intensity_StdIntensityEdge_DNA": "of the full range",
+        "Nuclei_Intensity_IntegratedIntensity_DNA": "",
+        "Nuclei_Texture_Contrast_DNA_3_00_256": "",
+        "Metadata_Well": "",
+    }
+    assert {name: unit_of(name) for name in units} == units
+
+
+def test_a_long_list_is_cut():
+    assert listed(["a", "b"]) == "a, b"
+    assert listed([]) == "none"
+    assert listed(["a", "b", "c"], most=2) == "a, b and 1 more"

@@ -14,7 +14,6 @@ from cp2image import exploration_responses
 from cp2image.checkpoint import Model, ModelCard, load_model, save_checkpoint
 from cp2image.columns import measurements
 from cp2image.config import Config
-from cp2image.config_explore import Responses
 from cp2image.config_reading import read_config
 from cp2image.config_train import Split
 from cp2image.data.intensity import Intensity
@@ -24,6 +23,7 @@ from cp2image.data.splits import fit_splits
 from cp2image.errors import ColumnError, ConfigError, EvaluationError
 from cp2image.exploration import explore
 from cp2image.exploration_cells import gather
+from cp2image.exploration_knobs import all_knobs
 from cp2image.exploration_responses import (
     Base,
     knob_table,
@@ -213,16 +213,68 @@ def test_the_report_is_json_with_the_protocol_and_the_tables_have_every_step(fol
     def refuse(name):
         raise ValueError(f"{name} is not JSON")
 
-    text = (folder / "exploration" / "exploration.json").read_text()
-    stored = json.loads(text, parse_constant=refuse)
-    assert stored["protocol"]["checkpoint"]["preset"] == "paper"
-    assert stored["protocol"]["outside"]["held_back_cells"] > 20
-    assert stored["pictures"] == result.pictures
+    pictures = []
+    for name in result.found:
+        text = (folder / "exploration" / name / "exploration.json").read_text()
+        stored = json.loads(text, parse_constant=refuse)
+        assert stored["protocol"]["checkpoint"]["preset"] == "paper"
+        assert stored["protocol"]["outside"]["held_back_cells"] > 20
+        assert set(stored) == {"protocol", name, "pictures", "files"}
+        there = {file.name for file in (folder / "exploration" / name).iterdir()}
+        assert there == set(stored["files"])
+        pictures += [f"{name}/{picture}" for picture in stored["pictures"]]
+        assert (folder / "exploration" / name / "_config.yaml").exists()
+    assert pictures == result.pictures
     steps = pd.read_csv(folder / "exploration" / "manipulate" / "responses.csv")
     assert len(steps) == 5 * 2 * 5
     assert {"requested", "measured", "spearman", "outside", "contradictory"} <= set(steps)
     assert "Spearman" in str(result)
-    assert (folder / "exploration" / "_config.yaml").exists()
+
+
+@pytest.mark.usefixtures("obedient")
+def test_an_exploration_drawn_again_takes_its_own_files_and_leaves_the_others(folder, tmp_path):
+    out = tmp_path / "out"
+    both = {"which": ["representatives", "atlas"], "representatives": {"by": "well"}}
+    first = explore(config_of(folder, out, **both))
+    assert {"representatives/well_1", "representatives/well_2"} <= set(first.pictures)
+    atlas = {file: file.read_bytes() for file in (out / "atlas").iterdir()}
+    (out / "representatives" / "mine.txt").write_text("a note of the user's")
+    few = {"by": "treatment", "groups": ["taxol"]}
+    second = explore(config_of(folder, out, which=["representatives"], representatives=few))
+    assert second.pictures == ["representatives/treatment"]
+    assert list(second.found["representatives"]) == ["taxol 0.3", "taxol 3"]
+    there = {file.name for file in (out / "representatives").iterdir()}
+    suffixes = ("png", "svg", "parquet", "tif")
+    assert there == {
+        "cells.csv", "exploration.json", "_config.yaml", "mine.txt",
+        *(f"treatment.{suffix}" for suffix in suffixes),
+    }  # fmt: skip
+    assert {file: file.read_bytes() for file in (out / "atlas").iterdir()} == atlas
+
+
+@pytest.mark.usefixtures("obedient")
+def test_what_breaks_on_the_way_leaves_no_protocol_that_speaks_of_it(folder, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    chosen = {"which": ["representatives"], "representatives": {"by": "well"}}
+    explore(config_of(folder, out, **chosen))
+    place = out / "representatives" / "exploration.json"
+    files = json.loads(place.read_text())["files"]
+
+    def fail(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("cp2image.exploration_album.encode_stack", fail)
+    with pytest.raises(OSError, match="no space"):
+        explore(config_of(folder, out, **chosen))
+    assert json.loads(place.read_text()) == {"unfinished": True, "files": files}
+
+
+@pytest.mark.usefixtures("obedient")
+def test_every_name_is_looked_up_before_the_first_picture(folder, tmp_path):
+    wrong = {"which": ["manipulate", "atlas"], "atlas": {"plates": ["Week1_2"]}}
+    with pytest.raises(EvaluationError, match=r"there are 1: Week1_"):
+        explore(config_of(folder, tmp_path / "out", **wrong))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_trajectory_starts_at_a_control_and_ends_at_its_mechanism(folder, result):
@@ -305,13 +357,16 @@ def test_draws_of_the_model_with_noise_differ_and_are_averaged(folder):
 
 
 def test_the_cluster_measures_what_this_process_measures(folder, ray_session, monkeypatch):
-    config = config_of(folder, folder / "x", "cp2image-s")
+    features = [AREA, "Nuclei_Intensity_MeanIntensity_*"]
+    responses = {"features": features, "cells": 2, "steps": 3}
+    config = config_of(folder, folder / "x", "cp2image-s", responses=responses)
     explored = gather(config, load_model(config.explore.checkpoint))
-    settings = Responses(features=[AREA, "Nuclei_Intensity_MeanIntensity_*"], cells=2, steps=2)
-    here = respond(config, explored, settings)
+    features, rows = all_knobs(config, explored)
+    assert len(rows) == 2
+    here = respond(config, explored, features, rows)
     monkeypatch.setattr(exploration_responses, "_FEW", 0)
-    there = respond(config, explored, settings)
-    assert len(here) == 4 * 2 * 2
+    there = respond(config, explored, features, rows)
+    assert len(here) == 4 * 2 * 3
     pd.testing.assert_frame_equal(here, there, rtol=1e-5)
     knobs = knob_table(here)
     assert len(knobs) == 4
@@ -327,6 +382,8 @@ def test_the_cluster_measures_what_this_process_measures(folder, ray_session, mo
          EvaluationError, "no cell of treatment 'taxl' .did you mean 'taxol"),
         ({"which": ["trajectories"], "trajectories": {"targets": ["nothing"]}},
          EvaluationError, "no cell of 'nothing'"),
+        ({"which": ["trajectories"], "trajectories": {"targets": ["DMSO"]}},
+         EvaluationError, "'DMSO' are the negative controls.*known mechanisms: (?!.*DMSO)"),
         ({"which": ["concentrations"], "concentrations": {"compounds": ["DMS0"]}},
          EvaluationError, "no cell of 'DMS0' .did you mean 'DMSO'"),
         ({"which": ["representatives"], "representatives": {"groups": ["x"]}},
@@ -339,7 +396,7 @@ def test_the_cluster_measures_what_this_process_measures(folder, ray_session, mo
 def test_what_is_not_there_is_named(folder, tmp_path, settings, error, message):
     with pytest.raises(error, match=message):
         explore(config_of(folder, tmp_path / "out", **settings))
-    assert not (tmp_path / "out" / "exploration.json").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def altered_table(folder, tmp_path, alter):

@@ -6,6 +6,7 @@ draw at the same time.
 """
 
 import io
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -63,6 +64,11 @@ def legend(figure: Figure, colours: Mapping[str, Any], columns: int | None = Non
         handlelength=0.9,
         handleheight=0.9,
     )
+
+
+def signed(text: str) -> str:
+    """Write the hyphens before digits as minus signs."""
+    return re.sub(r"(?<![\w.])-(?=\d)|(?<=e)-(?=\d)", "−", text)
 
 
 def save(figure: Figure, uri: str) -> str:

@@ -7,7 +7,17 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
-from cp2image.figures.canvas import ACCENT, CONTRAST, INK, MUTED, PALETTE, SMALL, blank, quiet
+from cp2image.figures.canvas import (
+    ACCENT,
+    CONTRAST,
+    INK,
+    MUTED,
+    PALETTE,
+    SMALL,
+    blank,
+    quiet,
+    signed,
+)
 from cp2image.figures.sheets import INCH, Look, draw_sheet, sheet_height, stain_legend
 
 Patches = NDArray[np.uint8]
@@ -33,8 +43,16 @@ class Response(Protocol):
         """Rank correlation over cells and steps."""
 
     @property
+    def slope(self) -> float:
+        """Of the means against what was requested."""
+
+    @property
     def rises(self) -> bool:
         """Whether the mean rises with every step."""
+
+    @property
+    def directed(self) -> bool:
+        """False for angles without a common direction, which have no mean."""
 
 
 _MODES = {
@@ -52,6 +70,7 @@ def manipulation_figure(
     look: Look,
     *,
     same_scale: bool = True,
+    unit: str = "",
     note: str = "",
 ) -> Figure:
     """Draw one feature over its range: cells above, what is measured on them below.
@@ -72,8 +91,10 @@ def manipulation_figure(
     same_scale
         Whether measured and requested values have the same scale: then the line of equal values is
         drawn.
+    unit
+        Of the values.
     note
-        Text under the curves: cells, draws.
+        Text above the curves: cells, draws.
     """
     requested = next(iter(responses.values())).requested
     cells, steps = next(iter(images.values())).shape[:2]
@@ -85,12 +106,13 @@ def manipulation_figure(
         rows = {f"cell {row + 1}": drawn[row] for row in range(cells)}
         marked = {f"cell {row + 1}": marks[mode][row] for row in range(cells)}
         draw_sheet(axes, look, rows, titles=texts, marked=marked, title=_MODES[mode])
-    axes = quiet(grid[-1], x=f"requested {feature}", y="measured")
+    tail = f" ({unit})" if unit else ""
+    axes = quiet(grid[-1], x=f"requested {feature}{tail}", y=f"measured{tail}")
     for mode, found in responses.items():
-        label = (
-            f"{_MODES[mode]}: Spearman {found.spearman:.2f}, "
-            f"{'rises with every step' if found.rises else 'does not rise with every step'}"
-        )
+        label = f"{_MODES[mode]}: {_course(found)}"
+        if not found.directed:  # an entry in the legend and no line
+            axes.plot([], [], "o-", color=_COLOURS[mode], markersize=3.5, label=label)
+            continue
         low, high = found.mean - found.deviation, found.mean + found.deviation
         axes.fill_between(requested, low, high, color=_COLOURS[mode], alpha=0.15, linewidth=0)
         axes.plot(requested, found.mean, "o-", color=_COLOURS[mode], markersize=3.5, label=label)
@@ -102,6 +124,15 @@ def manipulation_figure(
     figure.suptitle(feature, fontsize=SMALL + 3, color=INK)
     stain_legend(figure, look, np.stack(list(marks.values())))
     return figure
+
+
+def _course(found: Response) -> str:
+    if not found.directed:
+        return "the cells' angles have no common direction, so no mean"
+    if not np.isfinite(found.spearman):
+        return "too few values"
+    rises = "rises with every step" if found.rises else "does not rise with every step"
+    return signed(f"Spearman {found.spearman:.2f}, slope {found.slope:.2f}, {rises}")
 
 
 def trajectory_figure(
@@ -171,6 +202,7 @@ def concentration_figure(
     *,
     real: Mapping[str, Patches] | None = None,
     positions: Mapping[str, float] | None = None,
+    between: Sequence[str] = (),
 ) -> Figure:
     """Draw a compound's cells in the plane of two principal axes and images along a line in it.
 
@@ -196,9 +228,11 @@ def concentration_figure(
         Group → real cells, (n, C, H, W).
     positions
         Group → where its mean falls on the line, 0 to 1.
+    between
+        Concentration that each place of the line stands for, T texts.
     """
     real = {name: patches for name, patches in (real or {}).items() if len(patches)}
-    height = sheet_height(len(drawn), title_lines=1)
+    height = sheet_height(len(drawn), title_lines=2)
     side = max(3.4, sheet_height(len(real)) if real else 0)
     width = max(len(shares) * INCH + 1.2, 8.0)
     figure = blank(width, height + side + 0.7)
@@ -211,11 +245,14 @@ def concentration_figure(
         draw_sheet(right, look, {labels[n]: x for n, x in real.items()}, title="real cells")
     else:
         left = upper.subplots()
-    first, second = (f"PC{i + 1} ({100 * share:.0f} %)" for i, share in enumerate(explained))
+    first, second = (
+        f"PC{i + 1} ({100 * share:.0f} % of the variance)" for i, share in enumerate(explained)
+    )
     axes = quiet(left, x=first, y=second)
     for index, (name, points) in enumerate(places.items()):
         colour = MUTED if index == 0 else PALETTE[(index - 1) % len(PALETTE)]
-        axes.scatter(*points.T, s=6, color=colour, alpha=0.55, linewidths=0, label=name)
+        label = f"{name} (n = {len(points):,})"
+        axes.scatter(*points.T, s=6, color=colour, alpha=0.55, linewidths=0, label=label)
         axes.plot(*points.mean(axis=0), "D", color=colour, markeredgecolor=INK, markersize=6)
     axes.plot(*path.T, "-", color=INK, linewidth=1.0)
     axes.plot(*path.T, "o", color=INK, markersize=3)
@@ -223,6 +260,7 @@ def concentration_figure(
     axes = lower.subplots()
     marked = {name: outside[name] for name in drawn}
     texts = [f"{100 * share:.0f} %" for share in shares]
+    texts = [f"{a}\n{b}".rstrip() for a, b in zip(texts, between or [""] * len(texts), strict=True)]
     draw_sheet(axes, look, drawn, titles=texts, marked=marked, title="generated along the line")
     figure.suptitle(title, fontsize=SMALL + 3, color=INK)
     stain_legend(figure, look, np.concatenate([np.ravel(part) for part in outside.values()]))
@@ -231,7 +269,7 @@ def concentration_figure(
 
 def _place(name: str, positions: Mapping[str, float] | None) -> str:
     known = (positions or {}).get(name)
-    return name if known is None else f"{name}\n({round(100 * known)} % of the way)"
+    return name if known is None else signed(f"{name}\n({round(100 * known)} % of the way)")
 
 
 def representatives_figure(
@@ -262,7 +300,7 @@ def representatives_figure(
     height = sheet_height(len(generated), title_lines=2)
     figure = blank(max(parts * (most * INCH + 0.3) + 2.0, 5.0), height + 0.6)
     grid = figure.subplots(1, parts, squeeze=False)[0]
-    titles = ["medoid", *[""] * (most - 1)]
+    titles = ["medoid", *(f"prototype {i}" for i in range(2, most + 1))]
     if real is not None:
         draw_sheet(grid[0], look, real, titles=titles, title="real")
         grid[1].tick_params(labelleft=False)
@@ -277,5 +315,10 @@ def representatives_figure(
 def format_number(value: float) -> str:
     """Write a value short: three significant digits, no exponent where it can be helped."""
     if value == 0 or 0.001 <= abs(value) < 1e6:
-        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-    return f"{value:.2e}"
+        return signed(f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}")
+    return signed(f"{value:.2e}")
+
+
+def count(number: int, what: str) -> str:
+    """Write a number of things: ``1 cell``, ``2,000 cells``."""
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"

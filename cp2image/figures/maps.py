@@ -5,13 +5,24 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
 from cp2image.errors import PatchError
-from cp2image.figures.canvas import CONTRAST, INK, MUTED, PALETTE, SMALL, TEXT, blank, legend
+from cp2image.figures.canvas import (
+    CONTRAST,
+    INK,
+    MUTED,
+    PALETTE,
+    SMALL,
+    TEXT,
+    blank,
+    legend,
+    signed,
+)
 from cp2image.figures.sheets import OUTSIDE, Look, stain_legend
 
-_SIDE, _CELL = 9.0, 0.62
+_SIDE, _HIGH, _CELL = 9.0, 6.48, 0.62
 """Inches: of the map, of a cell on it."""
 
 
@@ -94,7 +105,7 @@ def treatment_map(
     names = sorted(set(groups)) if groups is not None else []
     colour = dict(colours or {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(names)})
     span = np.maximum(np.ptp(at, axis=0), 1e-9)
-    unit = (at - at.min(axis=0)) / span * np.array([_SIDE, 0.72 * _SIDE])
+    unit = (at - at.min(axis=0)) / span * np.array([_SIDE, _HIGH])
     moved = spread_apart(unit, _CELL * 1.22)
     low, high = moved.min(axis=0) - _CELL, moved.max(axis=0) + _CELL
     size = high - low
@@ -116,8 +127,12 @@ def treatment_map(
                   ha="center", va="top", fontsize=SMALL - 3, zorder=4,
                   color=CONTRAST if far[index] else INK)  # fmt: skip
     axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), aspect="equal")
-    axes.set_xticks([])
-    axes.set_yticks([])
+    for axis, own, along in ((axes.xaxis, at[:, 0], 0), (axes.yaxis, at[:, 1], 1)):
+        ticks = MaxNLocator(5).tick_values(own.min(), own.max())
+        ticks = ticks[(ticks >= own.min()) & (ticks <= own.max())]
+        here = (ticks - own.min()) / span[along] * (_SIDE, _HIGH)[along]
+        axis.set_ticks(here, [signed(f"{tick:g}") for tick in ticks])
+    axes.tick_params(colors=MUTED, labelcolor=MUTED, labelsize=SMALL - 1, width=0.6, length=3)
     axes.spines[:].set_visible(False)
     axes.set_xlabel(axes_names[0], fontsize=SMALL, color=MUTED)
     axes.set_ylabel(axes_names[1], fontsize=SMALL, color=MUTED)

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from cp2image.errors import PatchError
-from cp2image.figures.canvas import blank
+from cp2image.figures.canvas import blank, signed
 from cp2image.figures.explorations import (
     concentration_figure,
+    count,
     format_number,
     manipulation_figure,
     representatives_figure,
@@ -79,11 +80,10 @@ def test_a_sheet_with_captions_leaves_room_for_them(look):
         draw_sheet(blank(4, 3).subplots(), look, {"a": cells(0)})
 
 
-def response(rises):
+def response(rises, directed=True):
     line = np.linspace(1, 5, 4)
-    return SimpleNamespace(
-        requested=line, mean=line, deviation=0.1 * line, spearman=0.93, rises=rises
-    )
+    numbers = {"spearman": 0.93, "slope": -0.5, "rises": rises, "directed": directed}
+    return SimpleNamespace(requested=line, mean=line, deviation=0.1 * line, **numbers)
 
 
 def test_a_manipulation_shows_both_ways_their_marks_and_what_was_measured(look):
@@ -95,16 +95,34 @@ def test_a_manipulation_shows_both_ways_their_marks_and_what_was_measured(look):
         marks,
         {"conditional": response(True), "single": response(False)},
         look,
+        unit="px²",
         note="over 2 cells",
     )
     assert legend_of(figure) == [*CHANNELS, OUTSIDE, CONTRADICTS]
     assert [frames(axes) for axes in figure.axes[:2]] == [(1, 1), (8, 0)]
     assert {"1", "2.33", "3.67", "5"} <= set(texts(figure.axes[0]))
     told = [text.get_text() for text in figure.axes[2].get_legend().texts]
-    assert "rises with every step" in told[0]
+    assert "Spearman 0.93, slope −0.50, rises with every step" in told[0]
+    labels = (figure.axes[2].get_xlabel(), figure.axes[2].get_ylabel())
+    assert labels == ("requested Nuclei_AreaShape_Area (px²)", "measured (px²)")
     assert "does not rise" in told[1]
     assert told[2] == "equal"
     assert drawn(figure) > 5000
+
+
+def test_angles_without_a_direction_get_a_word_and_no_line(look):
+    figure = manipulation_figure(
+        "Nuclei_AreaShape_Orientation",
+        {"single": cells(1, 4)},
+        {"single": np.zeros((1, 4), int)},
+        {"single": response(True, directed=False)},
+        look,
+        same_scale=False,
+    )
+    axes = figure.axes[-1]
+    assert "no common direction" in axes.get_legend().texts[0].get_text()
+    assert [len(line.get_xdata()) for line in axes.lines] == [0]
+    assert not axes.collections
 
 
 def test_a_trajectory_has_the_similarity_under_every_image(look):
@@ -147,13 +165,15 @@ def test_a_dose_line_shows_the_plane_the_line_and_the_real_cells_if_there_are_an
         {"mean": np.zeros(5, bool)},
         look,
         real={name: cells(2) for name in places} if with_real else None,
-        positions={"control": 0, "drug 1": 0.45, "drug 3": 1},
+        positions={"control": -0.004, "drug 1": 0.45, "drug 3": 1},
+        between=["< 1 µM", "< 1 µM", "≈ 1.1 µM", "≈ 2 µM", "≈ 3 µM"],
     )
+    assert "50 %\n≈ 1.1 µM" in texts(figure.subfigs[1].axes[0])
     assert OUTSIDE not in legend_of(figure)
     scatter = next(axes for axes in figure.axes if axes.get_xlabel())
-    assert scatter.get_xlabel() == "PC1 (40 %)"
+    assert scatter.get_xlabel() == "PC1 (40 % of the variance)"
     told = [text.get_text() for text in scatter.get_legend().texts]
-    assert told == list(places)
+    assert [text.partition(" (")[0] for text in told] == list(places)
     labels = [label.get_text() for axes in figure.axes for label in axes.get_yticklabels()]
     assert ("drug 1\n(45 % of the way)" in labels) == with_real
     assert drawn(figure) > 5000
@@ -198,10 +218,13 @@ def test_a_map_shows_every_treatment_its_group_and_what_is_far(look):
 
 
 def test_numbers_are_written_short():
+    assert format_number(-22.31) == "−22.3"
+    assert signed("Week1-22 taxol -0.5") == "Week1-22 taxol −0.5"
+    assert (count(1, "cell"), count(2000, "cell")) == ("1 cell", "2,000 cells")
     assert [format_number(x) for x in (0, 0.1234, 12.34, 1234.5, 1e-7)] == [
         "0",
         "0.123",
         "12.3",
         "1,234",
-        "1.00e-07",
+        "1.00e−07",
     ]

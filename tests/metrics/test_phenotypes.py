@@ -173,13 +173,16 @@ def test_angles_that_ignore_the_request_are_not_talked_into_following():
     requested = np.linspace(-88, 88, 9)
     still = np.tile(rng(7).normal(70, 10, (30, 1)), (1, 9))
     found = summarise_response(requested, wrap(still), period=180)
+    assert found.directed
     assert not found.rises
     assert abs(found.slope) < 1e-9
     for seed in range(20):
         random = rng(seed).uniform(-90, 90, (30, 9))
         found = summarise_response(requested, random, period=180)
         assert abs(found.spearman) < 0.25
+        assert not found.directed
         assert not found.rises
+        assert np.isnan([found.slope, *found.mean, *found.deviation]).all()
 
 
 def test_mean_of_axes_on_either_side_of_the_seam():

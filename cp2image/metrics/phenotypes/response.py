@@ -23,17 +23,21 @@ class Response:
         (S,), rising, in the feature's own units.
     mean, deviation
         Of what was measured at each step, over cells, (S,). Of angles the circular mean, unrolled
-        from step to step so that it does not jump by a turn, where every step has a direction.
+        from step to step so that it does not jump by a turn; NaN if they are not ``directed``.
     cells
         Cells at each step in which the feature is defined, (S,).
     spearman
-        Rank correlation of requested and measured over all cells and steps; NaN if constant.
+        Rank correlation of requested and measured over all cells and steps; NaN if constant, or if
+        fewer than three values are defined.
     spearman_of_means
         The same over the steps' means.
     slope
         Of the means against what was requested, least squares: 1 where measured follows requested.
     rises
         Whether the mean rises with every step.
+    directed
+        False for angles of which some step has no common direction: a mean of such angles says
+        where the circle was cut and nothing else, so there is none, and nothing made of it.
     """
 
     requested: Values
@@ -44,6 +48,7 @@ class Response:
     spearman_of_means: float
     slope: float
     rises: bool
+    directed: bool = True
 
 
 def summarise_response(
@@ -73,13 +78,17 @@ def summarise_response(
             "steps), two steps or more"
         )
     known = np.isfinite(x)
+    directed = True
     if period is not None:
-        x = _unroll(x, known, period, asked)
+        directed = _have_direction(x, known, period)
+        x = _unroll(x, known, period, asked) if directed else _cut(x, period, asked)
     counts = known.sum(axis=0)
     some = np.maximum(counts, 1)
     mean = np.where(counts > 0, np.where(known, x, 0).sum(axis=0) / some, np.nan)
     squares = np.where(known, (x - mean) ** 2, 0).sum(axis=0)
     deviation = np.where(counts > 1, np.sqrt(squares / np.maximum(counts - 1, 1)), np.nan)
+    if not directed:
+        mean, deviation = np.full_like(mean, np.nan), np.full_like(deviation, np.nan)
     steps = np.broadcast_to(asked, x.shape)
     there = np.isfinite(mean)
     slope = np.nan
@@ -88,7 +97,7 @@ def summarise_response(
     rises = bool(there.all() and (np.diff(mean) > 0).all())
     pooled = _spearman(steps[known], x[known])
     over_means = _spearman(asked[there], mean[there])
-    return Response(asked, mean, deviation, counts, pooled, over_means, slope, rises)
+    return Response(asked, mean, deviation, counts, pooled, over_means, slope, rises, directed)
 
 
 def circular_mean(values: ArrayLike, period: float, axis: int = 0) -> Values:
@@ -100,21 +109,26 @@ def circular_mean(values: ArrayLike, period: float, axis: int = 0) -> Values:
     return np.where(np.abs(total) > 0, found, np.nan)
 
 
-def _unroll(x: Values, known: NDArray[np.bool_], period: float, asked: Values) -> Values:
-    """Put each step's angles within half a turn of their mean, and the means in a row.
-
-    A chain of means that are chance would drift and look like an answer. So all steps must have a
-    direction (Rayleigh's test, p < 0.01); else the circle is cut opposite the requested values.
-    """
-    means = circular_mean(x, period)
+def _have_direction(x: Values, known: NDArray[np.bool_], period: float) -> bool:
+    """Tell whether the angles of every step have a common direction (Rayleigh's test)."""
     there = known.any(axis=0)
     turns = np.where(known, np.exp(2j * np.pi * np.nan_to_num(x) / period), 0)
     counts = np.maximum(known.sum(axis=0), 1)
     length = np.abs(turns.sum(axis=0)) / counts
-    if not (length[there] > np.sqrt(-np.log(_CHANCE) / counts[there])).all():
-        middle = asked.mean()
-        cut: Values = (x - middle + period / 2) % period - period / 2 + middle
-        return cut
+    return bool((length[there] > np.sqrt(-np.log(_CHANCE) / counts[there])).all())
+
+
+def _cut(x: Values, period: float, asked: Values) -> Values:
+    """Cut the circle opposite the requested values, for ranks: means would say where it is cut."""
+    middle = asked.mean()
+    cut: Values = (x - middle + period / 2) % period - period / 2 + middle
+    return cut
+
+
+def _unroll(x: Values, known: NDArray[np.bool_], period: float, asked: Values) -> Values:
+    """Put each step's angles within half a turn of their mean, and the means in a row."""
+    means = circular_mean(x, period)
+    there = known.any(axis=0)
     row = np.unwrap(means[there], period=period)
     row += period * np.round((asked[there].mean() - row.mean()) / period)
     means[there] = row
