@@ -9,10 +9,12 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from cp2image.config import Config
 from cp2image.config_reading import read_config
 from cp2image.errors import Cp2ImageError
+from cp2image.storage import exists
 
 DONE, BUG, REFUSED = 0, 1, 2
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -29,9 +31,10 @@ class _Stopped(KeyboardInterrupt):
 def run_job(
     description: str,
     action: Callable[[Config], object],
-    preview: Callable[[Config], str] | None = None,
     argv: Sequence[str] | None = None,
     *,
+    reads: Sequence[str] = (),
+    writes: Sequence[str] = (),
     plates_of: str = "",
 ) -> int:
     """Parse the command line, run one step, print its result or one readable error.
@@ -42,10 +45,11 @@ def run_job(
         Shown by ``--help``: the job's docstring.
     action
         The step; ``str`` of what it returns is printed, unless it is None.
-    preview
-        What the step would read and write, printed by ``--dry-run`` below the config.
     argv
         Arguments; None for the process's own.
+    reads, writes
+        Dotted keys of the config that say where; ``--dry-run`` prints them below the config, and
+        whether there is something.
     plates_of
         Section of the config whose ``plates`` may be chosen by ``--plates``.
 
@@ -71,7 +75,7 @@ def run_job(
         with _signals_unwind():
             config = read_config(options.config, changes).anchor()
             if options.dry_run:
-                print(_describe(config, preview), flush=True)
+                print(_describe(config, reads, writes), flush=True)
                 return DONE
             result = action(config)
             if result is not None:
@@ -115,9 +119,29 @@ def _parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _describe(config: Config, preview: Callable[[Config], str] | None) -> str:
-    lines = preview(config).splitlines() if preview else []
-    return config.yaml() + "\n".join(f"# {line}".rstrip() for line in lines)
+def _describe(config: Config, reads: Sequence[str], writes: Sequence[str]) -> str:
+    """Return the config as YAML and, as comments below, what would be read and written."""
+    lines = []
+    for verb, keys in (("reads", reads), ("writes", writes)):
+        for key in keys:
+            value: Any = config
+            for name in key.split("."):
+                value = None if value is None else getattr(value, name)
+            places = value if isinstance(value, list) else [value]
+            lines += [f"# {verb} {key}: {one} ({_state(one, verb)})" for one in places if one]
+    return "\n".join([config.yaml().rstrip(), *lines])
+
+
+def _state(place: str, verb: str) -> str:
+    if place.startswith(("models:/", "runs:/")):
+        return "of MLflow"
+    try:
+        there = exists(place)
+    except Cp2ImageError as error:
+        return str(error)
+    if verb == "reads":
+        return "found" if there else "not there"
+    return "there already" if there else "new"
 
 
 @contextmanager

@@ -22,8 +22,8 @@ from cp2image.config_scoring import Mechanisms, Sanity
 from cp2image.config_section import Amount, Count, Name, Positive, Section
 from cp2image.config_train import Scaling, Split, Train
 from cp2image.config_tune import Score, Tune
-from cp2image.errors import ConfigError
-from cp2image.storage import filesystem, join
+from cp2image.errors import ConfigError, StorageError
+from cp2image.storage import filesystem, join, split_uri
 from cp2image.yaml_dialect import dump_yaml
 
 
@@ -155,6 +155,7 @@ class Config(Section):
         data = self.model_dump()
         for section, keys in _PATHS.items():
             for key in keys:
+                _check_places(f"{section}.{key}", data[section][key])
                 data[section][key] = _absolute(data[section][key])
         prepare = data["prepare"]
         folders = prepare["image_folders"]
@@ -204,6 +205,7 @@ class Config(Section):
 _LATER = {"split": ("seed",), "train": ("beta",), "generate": ("by",)}
 """Settings that count only where they are set: what was made before they came stays valid."""
 _JOB_COPY = "/runtime_resources/working_dir_files/"
+_MODELS = ("models:/", "runs:/")
 _PATHS = {
     "run": ["folder"],
     "simulate": ["output"],
@@ -221,10 +223,20 @@ _PATHS = {
 }
 
 
+def _check_places(key: str, value: Any) -> None:
+    for one in value if isinstance(value, list) else [value]:
+        if not one or one.startswith(_MODELS):
+            continue
+        try:
+            split_uri(one)
+        except StorageError as error:
+            raise ConfigError(f"{key} = {one!r}: {error}") from error
+
+
 def _absolute(value: Any) -> Any:
     if isinstance(value, list):
         return [_absolute(one) for one in value]
-    if not value or "://" in value or value.startswith(("models:/", "runs:/")):
+    if not value or "://" in value or value.startswith(_MODELS):
         return value
     return os.path.abspath(os.path.expanduser(value))
 

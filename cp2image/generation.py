@@ -62,15 +62,15 @@ def generate(config: Config) -> Publication:
     settings = config.generate
     model = load_model(settings.checkpoint, store=tracking_uri(config))
     mark = _fingerprint(config, model)
+    shown = _shown(config, model)
     join_cluster(config.cluster)
     staging = join(settings.output, STAGING)
-    with record_beside(config, "generate") as recorder:
-        try:
-            shown = _shown(config, model)
-            find = _from_dataset if read_manifests(settings.input) else _from_table
-            wanted = find(config, model, staging)
-            place = join(staging, "scaling.safetensors")
-            save_scaling(place, wanted.scaling)
+    try:
+        find = _from_dataset if read_manifests(settings.input) else _from_table
+        wanted = find(config, model, staging)
+        place = join(staging, "scaling.safetensors")
+        save_scaling(place, wanted.scaling)
+        with record_beside(config, "generate") as recorder:
             result = publish(
                 settings.output,
                 wanted.units,
@@ -83,11 +83,11 @@ def generate(config: Config) -> Publication:
                 gpus_per_task=1.0 if settings.gpu else 0.0,
                 threads=1 if settings.gpu else _THREADS,
             )
-        finally:
-            delete_tree(staging)
-        recorder.metrics({f"cells/{name}": value for name, value in result.totals.items()})
-        pictures = draw_plates(settings.output, model.channels, list(result.plates))
-        recorder.folder(pictures, "plates")
+            recorder.metrics({f"cells/{name}": value for name, value in result.totals.items()})
+            pictures = draw_plates(settings.output, model.channels, list(result.plates))
+            recorder.folder(pictures, "plates")
+    finally:
+        delete_tree(staging)
     return result
 
 

@@ -34,6 +34,7 @@ DEADLINE_S = 120.0
 """Seconds after which an operation on S3 that keeps failing or gets no answer is given up."""
 _CONNECT_TIMEOUT_S, _REQUEST_TIMEOUT_S, _ATTEMPTS = 5.0, 20.0, 3
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]+")
+_SCHEME = re.compile(r"(s3|file|gs|https?|abfss?|az):", re.IGNORECASE)
 _LEFTOVER = re.compile(r"/\.[0-9a-f]{32}\.tmp$")
 _AWS_ERROR = re.compile(r"AWS Error (?P<code>[A-Z_]+)(?: \(HTTP status (?P<status>\d+)\))?")
 _SECRETS_HINT = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead"
@@ -78,16 +79,39 @@ def filesystem(uri: str) -> tuple[arrow_fs.FileSystem, str]:
         If it is empty, its scheme is neither a local path, ``file://`` nor ``s3://``, or it
         holds credentials, which are not repeated in the message.
     """
+    bucket, path = split_uri(uri)
+    if not bucket:
+        return arrow_fs.LocalFileSystem(), path
+    user, _, name = bucket.rpartition("@")
+    return _s3(user == "anonymous", _aws_settings()), f"{name}/{path}".rstrip("/")
+
+
+def split_uri(uri: str) -> tuple[str, str]:
+    """Take a path or URI apart without touching what it names.
+
+    Returns
+    -------
+    tuple of str
+        Bucket (``anonymous@bucket`` where it is written so) and key; or nothing and the absolute
+        local path.
+
+    Raises
+    ------
+    StorageError
+        As `filesystem`.
+    """
     uri = str(uri)
     scheme, separator, rest = uri.partition("://")
     if not uri.strip():
         raise StorageError("an empty path was given where a file or folder is expected")
     if not separator:
-        return arrow_fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
+        if _SCHEME.match(uri):
+            raise StorageError(f"{uri}: a URI has '://' after its scheme; write s3://bucket/path")
+        return "", os.path.abspath(os.path.expanduser(uri))
     if scheme == "file":
         if not rest.startswith("/"):
             raise StorageError(f"{uri}: write file:///folder/file with three slashes, or a path")
-        return arrow_fs.LocalFileSystem(), os.path.abspath(unquote(rest))
+        return "", os.path.abspath(unquote(rest))
     if scheme != "s3":
         raise StorageError(
             f"{scheme}://…: the scheme {scheme!r} is not known; use a local path or s3://bucket/…"
@@ -99,8 +123,9 @@ def filesystem(uri: str) -> tuple[arrow_fs.FileSystem, str]:
             f"s3://…: credentials do not belong into a URI, which is logged; {_SECRETS_HINT}"
         )
     if not _BUCKET.fullmatch(bucket):
-        raise StorageError(f"s3://{authority}/…: {bucket!r} is no bucket; write s3://bucket/path")
-    return _s3(user == "anonymous", _aws_settings()), f"{bucket}/{key}".rstrip("/")
+        shown = repr(bucket) if bucket else "nothing"
+        raise StorageError(f"s3://{authority}/…: {shown} is no bucket; write s3://bucket/path")
+    return authority, key
 
 
 def _aws_settings() -> tuple[str | None, ...]:
@@ -192,7 +217,8 @@ def _local_reason(error: OSError, path: str) -> str:
 
 
 def _retry(uri: str, action: str, call: Callable[[], _T]) -> _T:
-    ends, wait = time.monotonic() + DEADLINE_S, 0.2
+    began, wait = time.monotonic(), 0.2
+    ends = began + DEADLINE_S
     while True:
         try:
             return _in_thread(call, ends - time.monotonic())
@@ -206,7 +232,7 @@ def _retry(uri: str, action: str, call: Callable[[], _T]) -> _T:
         except (OSError, pa.ArrowException, RuntimeError) as error:
             pause = wait * (0.5 + random.random())
             if _is_final(str(error)) or time.monotonic() + pause > ends:
-                why = _why_denied(uri, error) or _reason(error)
+                why = _why_denied(uri, error) or _reason(error, time.monotonic() - began)
                 raise StorageError(f"{uri}: cannot {action}: {why}") from error
             time.sleep(pause)
             wait = min(wait * 2, 10.0)
@@ -247,14 +273,13 @@ def _why_denied(uri: str, error: Exception) -> str:
     return ""
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, seconds: float) -> str:
     found = _AWS_ERROR.search(str(error))
     code = found["code"] if found else ""
     if isinstance(error, TimeoutError) or code == "NETWORK_CONNECTION":
         endpoint = _aws_settings()[0] or "AWS"
-        return f"no answer from {endpoint} (AWS_ENDPOINT_URL) in {DEADLINE_S:g} s; {error}".rstrip(
-            "; "
-        )
+        where = f"no answer from {endpoint} (AWS_ENDPOINT_URL) in {seconds:.0f} s"
+        return f"{where}; {error}".rstrip("; ")
     return _REASONS.get(code, str(error))
 
 

@@ -12,5 +12,6 @@ from cp2image.command import run_job
 
 if __name__ == "__main__":
     names = list(takewhile(lambda word: not word.startswith("-"), sys.argv[1:]))
-    chosen = [f"--set=benchmark.which=[{', '.join(names)}]"] if names else []
-    raise SystemExit(run_job(__doc__, run_benchmarks, argv=chosen + sys.argv[len(names) + 1 :]))
+    argv = [f"--set=benchmark.which=[{', '.join(names)}]"] if names else []
+    argv += sys.argv[len(names) + 1 :]
+    raise SystemExit(run_job(__doc__, run_benchmarks, argv, writes=["benchmark.output"]))

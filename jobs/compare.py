@@ -8,4 +8,4 @@ from cp2image.command import run_job
 from cp2image.comparison import compare
 
 if __name__ == "__main__":
-    raise SystemExit(run_job(__doc__, compare))
+    raise SystemExit(run_job(__doc__, compare, reads=["train.input"], writes=["compare.output"]))

@@ -8,4 +8,4 @@ from cp2image.command import run_job
 from cp2image.demonstration import demonstrate
 
 if __name__ == "__main__":
-    raise SystemExit(run_job(__doc__, demonstrate))
+    raise SystemExit(run_job(__doc__, demonstrate, writes=["run.folder"]))

@@ -8,4 +8,11 @@ from cp2image.command import run_job
 from cp2image.evaluation import evaluate
 
 if __name__ == "__main__":
-    raise SystemExit(run_job(__doc__, evaluate))
+    raise SystemExit(
+        run_job(
+            __doc__,
+            evaluate,
+            reads=["evaluate.real", "evaluate.generated", "evaluate.checkpoint"],
+            writes=["evaluate.output"],
+        )
+    )

@@ -8,4 +8,11 @@ from cp2image.command import run_job
 from cp2image.exploration import explore
 
 if __name__ == "__main__":
-    raise SystemExit(run_job(__doc__, explore))
+    raise SystemExit(
+        run_job(
+            __doc__,
+            explore,
+            reads=["explore.input", "explore.checkpoint"],
+            writes=["explore.output"],
+        )
+    )

@@ -8,4 +8,12 @@ from cp2image.command import run_job
 from cp2image.generation import generate
 
 if __name__ == "__main__":
-    raise SystemExit(run_job(__doc__, generate, plates_of="generate"))
+    raise SystemExit(
+        run_job(
+            __doc__,
+            generate,
+            reads=["generate.input", "generate.checkpoint"],
+            writes=["generate.output"],
+            plates_of="generate",
+        )
+    )

@@ -8,4 +8,12 @@ from cp2image.command import run_job
 from cp2image.measuring import measure_dataset
 
 if __name__ == "__main__":
-    raise SystemExit(run_job(__doc__, measure_dataset, plates_of="measure"))
+    raise SystemExit(
+        run_job(
+            __doc__,
+            measure_dataset,
+            reads=["measure.input"],
+            writes=["measure.output"],
+            plates_of="measure",
+        )
+    )

@@ -8,4 +8,11 @@ from cp2image.command import run_job
 from cp2image.mechanisms import match_mechanisms
 
 if __name__ == "__main__":
-    raise SystemExit(run_job(__doc__, match_mechanisms))
+    raise SystemExit(
+        run_job(
+            __doc__,
+            match_mechanisms,
+            reads=["mechanisms.profiles.uri"],
+            writes=["mechanisms.output"],
+        )
+    )

@@ -8,4 +8,12 @@ from cp2image.command import run_job
 from cp2image.preparation import prepare
 
 if __name__ == "__main__":
-    raise SystemExit(run_job(__doc__, prepare, plates_of="prepare"))
+    raise SystemExit(
+        run_job(
+            __doc__,
+            prepare,
+            reads=["prepare.tables", "prepare.images", "prepare.stacks.index"],
+            writes=["prepare.output"],
+            plates_of="prepare",
+        )
+    )

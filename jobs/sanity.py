@@ -8,4 +8,6 @@ from cp2image.command import run_job
 from cp2image.sanity import check_metrics
 
 if __name__ == "__main__":
-    raise SystemExit(run_job(__doc__, check_metrics))
+    raise SystemExit(
+        run_job(__doc__, check_metrics, reads=["sanity.input"], writes=["sanity.output"])
+    )

@@ -8,4 +8,4 @@ from cp2image.command import run_job
 from cp2image.simulation import simulate
 
 if __name__ == "__main__":
-    raise SystemExit(run_job(__doc__, simulate))
+    raise SystemExit(run_job(__doc__, simulate, writes=["simulate.output"]))

@@ -8,4 +8,4 @@ from cp2image.command import run_job
 from cp2image.training import train
 
 if __name__ == "__main__":
-    raise SystemExit(run_job(__doc__, train))
+    raise SystemExit(run_job(__doc__, train, reads=["train.input"], writes=["train.output"]))

@@ -8,4 +8,4 @@ from cp2image.command import run_job
 from cp2image.tuning import tune
 
 if __name__ == "__main__":
-    raise SystemExit(run_job(__doc__, tune))
+    raise SystemExit(run_job(__doc__, tune, reads=["train.input"], writes=["tune.output"]))

@@ -38,16 +38,40 @@ def test_a_step_that_returns_nothing_prints_nothing(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_dry_run_prints_yaml_and_the_preview_and_runs_nothing(capsys):
-    def preview(config):
-        return f"reads {config.train.input}\n\nwrites {config.train.output}"
-
-    argv = ["--dry-run", "--set", "run.folder=s3://lab/x"]
-    assert run_job("Train.", never, preview, argv) == 0
+def test_a_dry_run_prints_yaml_and_what_would_be_read_and_written_and_runs_nothing(
+    capsys, tmp_path
+):
+    (tmp_path / "cells").mkdir()
+    argv = [
+        "--dry-run",
+        "--set",
+        f"run.folder={tmp_path}",
+        "--set",
+        "generate.checkpoint=models:/a@b",
+    ]
+    argv += ["--set", "prepare.tables=[/nowhere/a.csv, /nowhere/b.csv]"]
+    reads = ["train.input", "prepare.tables", "prepare.stacks.index", "generate.checkpoint"]
+    writes = ["train.output", "prepare.output"]
+    assert run_job("Train.", never, argv, reads=reads, writes=writes) == 0
     shown, errors = capsys.readouterr()
-    assert shown.endswith("# reads s3://lab/x/measured\n#\n# writes s3://lab/x/checkpoint\n")
-    assert Config.model_validate(yaml.safe_load(shown)).run.folder == "s3://lab/x"
+    told = [line for line in shown.splitlines() if line.startswith("#")]
+    assert told == [
+        f"# reads train.input: {tmp_path}/cells (found)",
+        "# reads prepare.tables: /nowhere/a.csv (not there)",
+        "# reads prepare.tables: /nowhere/b.csv (not there)",
+        "# reads generate.checkpoint: models:/a@b (of MLflow)",
+        f"# writes train.output: {tmp_path}/checkpoint (new)",
+        f"# writes prepare.output: {tmp_path}/cells (there already)",
+    ]
+    assert Config.model_validate(yaml.safe_load(shown)).run.folder == str(tmp_path)
     assert errors == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["cells"]
+
+
+@pytest.mark.parametrize("place", ["s3:/lab/x", "s3://", "s3:///x", "gs://lab/x"])
+def test_a_place_that_is_none_is_refused_by_its_key(capsys, place):
+    assert run_job("Train.", never, argv=["--set", f"train.input={place}"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: train.input = '{place}': ")
 
 
 def test_plates_are_chosen_for_one_section_where_a_job_has_it(capsys):
@@ -60,7 +84,7 @@ def test_plates_are_chosen_for_one_section_where_a_job_has_it(capsys):
         run_job("Train.", never, argv=argv)
 
 
-def test_a_dry_run_without_preview_prints_the_config_alone(capsys):
+def test_a_dry_run_that_knows_no_places_prints_the_config_alone(capsys):
     assert run_job("Train.", never, argv=["--dry-run"]) == 0
     assert capsys.readouterr().out.rstrip() == read_config(None).anchor().yaml().rstrip()
 
