@@ -156,7 +156,9 @@ def draw_search(sweep: Sweep, results: pd.DataFrame, out: str) -> None:
     shown = frame[allowed & frame[list(settings.space)].notna().all(axis=1)]
     shown = frame[frame[list(settings.space)].notna().all(axis=1)] if shown.empty else shown
     keys = {key: one.log for key, one in settings.space.items()}
-    title = f"{len(shown)} of {len(frame)} trials, {sweep.config.train.steps:,} steps"
+    lost = len(frame) - len(shown)
+    title = f"{len(frame)} trials, {sweep.config.train.steps:,} steps"
+    title += f"; {lost} below a floor left out" if lost else ""
     save(
         parallel_coordinates(
             shown, keys, metric, lower=settings.objective.goal == "min", title=title
