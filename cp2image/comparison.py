@@ -223,8 +223,10 @@ def _metrics(reports: Iterable[Mapping[str, Any]]) -> Iterator[Metric]:
         yield Metric(f"KID, {name}", (*place, "kernel"), (*place, "kernel_floor"), lower=True)
         for share in ("recall", "coverage", "precision"):
             yield Metric(f"{share}, {name}", (*place, share), (*place, f"{share}_floor"))
-    yield Metric("features with r > 0.5", ("correlation", "model", "share_above_half"))
-    yield Metric("mean r", ("correlation", "model", "mean_r"))
+    for name, key in (("features with r > 0.5", "share_above_half"), ("mean r", "mean_r")):
+        yield Metric(name, ("correlation", "model", key), ("correlation", "ceiling", key))
+        if any("shuffle control" in report["correlation"] for report in reports):
+            yield Metric(f"{name}, shuffled (control)", ("correlation", "shuffle control", key))
     if any("moa" in report for report in reports):
         yield Metric(
             "NSC",
@@ -311,7 +313,9 @@ def to_markdown(table: pd.DataFrame, reports: Mapping[tuple[str, int], Mapping[s
         f"{protocol['split']!r}; {protocol['normalisation']}; Fréchet distances, precision, recall "
         "and coverage: half of the real cells against the cells drawn for the other half, floor: "
         "the two real halves; KID: all cells, floor: the two halves; N → ∞: all cells, a line over "
-        "1/N followed to 0 (Chong and Forsyth 2020).",
+        "1/N followed to 0 (Chong and Forsyth 2020); r: measured on drawn against measured on real "
+        "cells, beside it the real ones against the input table; control: drawn from the features "
+        "of other cells.",
         *_plates(reports),
         *_other_cells(reports),
         f"Training: {'; '.join(spent)}.",

@@ -35,7 +35,11 @@ def report(frechet, r, accuracy=0.5):
     }
     return {
         "distances": {"cp": distance},
-        "correlation": {"model": {"share_above_half": r, "mean_r": r / 2}},
+        "correlation": {
+            "model": {"share_above_half": r, "mean_r": r / 2},
+            "ceiling": {"share_above_half": 0.9, "mean_r": 0.8},
+            "shuffle control": {"share_above_half": 0.0, "mean_r": 0.01},
+        },
         "moa": {
             "generated": {"nsc": {"accuracy": accuracy}},
             "real": {"nsc": {"accuracy": 0.75}},
@@ -184,7 +188,8 @@ def test_table_has_mean_spread_floor_and_excess():
     assert row["sd"] == pytest.approx(np.sqrt(2))
     assert bool(row["lower"])
     assert table.loc[("features with r > 0.5", "paper"), "mean"] == pytest.approx(0.25)
-    assert np.isnan(table.loc[("mean r", "paper"), "floor"])
+    assert table.loc[("mean r", "paper"), "floor"] == pytest.approx(0.8)
+    assert table.loc[("mean r, shuffled (control)", "new"), "mean"] == pytest.approx(0.01)
     assert table.loc[("NSC", "new"), "floor"] == 0.75
     text = to_markdown(tabulate(reports, ["paper", "new"]), reports)
     assert "| Fréchet, cp ↓ | 72 ± 2.8 | 6 ± 1.4 | 2 |" in text
@@ -195,7 +200,7 @@ def test_table_has_mean_spread_floor_and_excess():
 
 def test_a_system_without_nuclei_leaves_its_cells_of_the_table_empty():
     blind = report(70, 0.2)
-    del blind["distances"]["cp"], blind["moa"]
+    del blind["distances"]["cp"], blind["moa"], blind["correlation"]["shuffle control"]
     blind["protocol"]["with_nucleus"]["generated"] = 0.01
     reports = {("blind", 0): blind, ("new", 0): report(5, 0.6)}
     table = tabulate(reports, ["blind", "new"])
