@@ -8,7 +8,7 @@ import pytest
 from cp2image import tracking
 from cp2image.config import Config
 from cp2image.errors import DatasetError, StorageError
-from cp2image.tracking import NoRecorder, record_beside
+from cp2image.tracking import NoRecorder, close_children, record, record_beside
 
 
 class Run:
@@ -118,3 +118,37 @@ def test_who_is_not_let_in_is_told_so(monkeypatch, code, expected):
     config = Config.model_validate({"tracking": {"uri": "http://lab:5000"}})
     with pytest.raises(StorageError, match=expected):
         tracking._open(config, "train", "")
+
+
+def test_runs_of_stopped_trials_are_killed_whatever_their_own_process_wrote(tmp_path):
+    from mlflow import MlflowClient
+
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    config = Config.model_validate({"run": {"folder": str(tmp_path)}, "tracking": {"uri": store}})
+    client = MlflowClient(store)
+    with record(config, "tune") as recorder:
+        experiment = client.get_run(recorder.run_id).info.experiment_id
+
+        def trial(number, status):
+            tags = {"mlflow.parentRunId": recorder.run_id, "cp2image.trial": str(number)}
+            run = client.create_run(experiment, tags=tags).info.run_id
+            if status:
+                client.set_terminated(run, status)
+            return run
+
+        ended = ["FAILED", "FINISHED", "FAILED", None, None]
+        runs = [trial(number, status) for number, status in enumerate(ended)]
+        became = {0: "stopped", 1: "complete", 2: "failed", 3: "stopped"}
+        closed = close_children(recorder, became)
+        assert set(closed) == {runs[0], runs[3]}
+        assert client.get_run(runs[4]).info.status == "RUNNING"
+        close_children(recorder, became, others=True)
+    found = [client.get_run(run) for run in runs]
+    assert [run.info.status for run in found] == [
+        "KILLED",
+        "FINISHED",
+        "FAILED",
+        "KILLED",
+        "KILLED",
+    ]
+    assert [run.data.tags.get("cp2image.status") for run in found[:4]] == list(became.values())
