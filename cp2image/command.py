@@ -18,6 +18,8 @@ from cp2image.storage import exists
 
 DONE, BUG, REFUSED = 0, 1, 2
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_PATIENCE_S = 8.0
+"""Seconds that a dry run waits for a store to say whether something is there."""
 
 
 class _Stopped(KeyboardInterrupt):
@@ -75,7 +77,9 @@ def run_job(
         with _signals_unwind():
             config = read_config(options.config, changes).anchor()
             if options.dry_run:
-                print(_describe(config, reads, writes), flush=True)
+                print(config.yaml(), end="", flush=True)
+                for line in _places(config, reads, writes):
+                    print(line, flush=True)
                 return DONE
             result = action(config)
             if result is not None:
@@ -119,29 +123,43 @@ def _parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _describe(config: Config, reads: Sequence[str], writes: Sequence[str]) -> str:
-    """Return the config as YAML and, as comments below, what would be read and written."""
-    lines = []
+def _places(config: Config, reads: Sequence[str], writes: Sequence[str]) -> Iterator[str]:
+    """Say, as comments below the YAML, what would be read and written."""
     for verb, keys in (("reads", reads), ("writes", writes)):
         for key in keys:
             value: Any = config
             for name in key.split("."):
                 value = None if value is None else getattr(value, name)
-            places = value if isinstance(value, list) else [value]
-            lines += [f"# {verb} {key}: {one} ({_state(one, verb)})" for one in places if one]
-    return "\n".join([config.yaml().rstrip(), *lines])
+            value = list(value.values()) if isinstance(value, dict) else value
+            for one in value if isinstance(value, list) else [value]:
+                place = getattr(one, "uri", one)
+                if place:
+                    yield f"# {verb} {key}: {place} ({_state(place, verb)})"
 
 
 def _state(place: str, verb: str) -> str:
     if place.startswith(("models:/", "runs:/")):
         return "of MLflow"
-    try:
-        there = exists(place)
-    except Cp2ImageError as error:
-        return str(error)
+    found: list[bool] = []
+    errors: list[Exception] = []
+
+    def look() -> None:
+        try:
+            found.append(exists(place))
+        except Exception as error:
+            errors.append(error)
+
+    # A daemon: a store that does not answer must not keep the process from ending.
+    looking = threading.Thread(target=look, daemon=True)
+    looking.start()
+    looking.join(_PATIENCE_S)
+    if errors:
+        return str(errors[0])
+    if not found:
+        return f"cannot tell: no answer in {_PATIENCE_S:g} s"
     if verb == "reads":
-        return "found" if there else "not there"
-    return "there already" if there else "new"
+        return "found" if found[0] else "not there"
+    return "there already" if found[0] else "new"
 
 
 @contextmanager

@@ -159,16 +159,20 @@ class Config(Section):
                 data[section][key] = _absolute(data[section][key])
         prepare = data["prepare"]
         folders = prepare["image_folders"]
+        _check_places("prepare.image_folders", list(folders.values()))
         prepare["image_folders"] = {start: _absolute(goal) for start, goal in folders.items()}
         if prepare["stacks"]:
+            _check_places("prepare.stacks.index", prepare["stacks"]["index"])
             prepare["stacks"]["index"] = _absolute(prepare["stacks"]["index"])
         wells = data["mechanisms"]
-        for extra in [
-            *prepare["metadata_files"],
-            *wells["joined"],
-            *filter(None, [wells["profiles"]]),
-        ]:
-            extra["uri"] = _absolute(extra["uri"])
+        for key, files in (
+            ("prepare.metadata_files", prepare["metadata_files"]),
+            ("mechanisms.joined", wells["joined"]),
+            ("mechanisms.profiles", [wells["profiles"]] if wells["profiles"] else []),
+        ):
+            for file in files:
+                _check_places(key, file["uri"])
+                file["uri"] = _absolute(file["uri"])
         return Config.model_validate(data)
 
     def yaml(self) -> str:

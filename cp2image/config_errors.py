@@ -40,6 +40,8 @@ def _sentence(problem: ErrorDetails, model: type[BaseModel]) -> str:
         return f"{path} is missing"
     if kind == "string_too_short":
         message = "expected text"
+    if kind == "too_short":
+        message = f"expected {problem.get('ctx', {}).get('min_length', 1)} or more"
     if kind == "too_long":
         context = problem.get("ctx", {})
         message = f"expected {context['max_length']} values, not {context['actual_length']}"

@@ -76,15 +76,13 @@ class Trajectories(Section):
 
 
 class Concentrations(Section):
-    """Along the line from the controls to a compound's highest dose (the paper's Fig. 5b, c)."""
+    """From the controls to a compound's highest dose with enough cells (the paper's Fig. 5b, c)."""
 
     compounds: list[Name] = []
     """Empty: every compound with two concentrations or more."""
     points: Annotated[Positive, Field(ge=2)] = 7
     real: Count = 4
     """Real cells shown at each concentration."""
-    unit: str = ""
-    """Of the concentrations (``µM``), for the figures; a CellProfiler table does not tell it."""
     fewest: Positive = 5
     """Cells that a concentration needs to be taken in."""
 
@@ -136,6 +134,8 @@ class Explore(Section):
     """Most cells to look at, taken evenly over wells."""
     pixel_size: Amount | None = None
     """Micrometres; draws scale bars."""
+    concentration_unit: str = ""
+    """Such as ``µM``, for the labels; a CellProfiler table does not tell it."""
     shrinkage: Share | None = None
     """Of correlations towards 0; None: as Ledoit and Wolf estimate it."""
     outside: Annotated[float, Field(gt=0.5, lt=1)] = 0.99

@@ -52,8 +52,7 @@ class Album:
     notes: list[str] = field(default_factory=list)
     images: int = 0
     outside: int = 0
-    _begun: bool = False
-    _earlier: list[str] = field(default_factory=list)
+    _earlier: list[str] | None = None
 
     def add(
         self,
@@ -92,43 +91,49 @@ class Album:
         features = explored.artist.own_units(scaled, explored.plates(rows))
         form = explored.artist.model.patch_format
         place = join(self.uri, name)
-        self._begin()
+        self._announce(*(f"{name}.{suffix}" for suffix in ("png", "svg", "parquet", "tif")))
         for suffix in ("png", "svg"):
             save(figure, f"{place}.{suffix}")
         write_bytes(f"{place}.parquet", to_parquet(build_table(metadata, features, patches, form)))
         write_bytes(f"{place}.tif", encode_stack(patches, form.channels))
         self.names.append(name)
-        self.files += [f"{name}.{suffix}" for suffix in ("png", "svg", "parquet", "tif")]
         self.images += len(patches)
         self.outside += int((relative > 1).sum())
 
     def table(self, name: str, frame: pd.DataFrame) -> None:
         """Store ``<name>.csv``."""
-        self._begin()
+        self._announce(f"{name}.csv")
         write_bytes(join(self.uri, f"{name}.csv"), frame.to_csv(index=False).encode())
-        self.files.append(f"{name}.csv")
 
     def close(self, content: Mapping[str, Any], config: str) -> None:
         """Store ``exploration.json`` and ``_config.yaml``; remove what an earlier run had more."""
-        self._begin()
+        self._announce()
         own = {"exploration.json", "_config.yaml", *self.files}
         write_bytes(join(self.uri, "_config.yaml"), config.encode())
         text = json.dumps({**content, "files": sorted(own)}, indent=1, default=str, allow_nan=False)
         write_bytes(join(self.uri, "exploration.json"), text.encode())
-        for name in set(self._earlier) - own:
+        for name in set(self._earlier or ()) - own:
             delete_file(join(self.uri, name))
 
-    def _begin(self) -> None:
-        """Withdraw an earlier run's protocol, once, before the first file is replaced."""
-        if self._begun:
-            return
-        self._begun = True
+    def _announce(self, *files: str) -> None:
+        """Withdraw an earlier run's protocol, and name the files that are about to be written."""
         place = join(self.uri, "exploration.json")
-        if exists(place):
-            names = json.loads(read_bytes(place)).get("files", [])
-            self._earlier = [name for name in names if "/" not in name]
-        unfinished = {"unfinished": True, "files": self._earlier}
+        if self._earlier is None:
+            self._earlier = _files_of(place)
+        self.files += files
+        unfinished = {"unfinished": True, "files": sorted({*self._earlier, *self.files})}
         write_bytes(place, json.dumps(unfinished).encode())
+
+
+def _files_of(protocol: str) -> list[str]:
+    """Return the files that an earlier run's protocol names: those of its own folder only."""
+    if not exists(protocol):
+        return []
+    try:
+        names = json.loads(read_bytes(protocol))["files"]
+    except (ValueError, KeyError, TypeError):
+        return []
+    return [name for name in names if isinstance(name, str) and "/" not in name]
 
 
 def encode_stack(patches: NDArray[np.uint8], channels: tuple[str, ...]) -> bytes:

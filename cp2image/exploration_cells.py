@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from cp2image.checkpoint import Model
 from cp2image.columns import (
     COMPOUND,
+    CONCENTRATION,
     METADATA,
     MOA,
     PLATE,
@@ -149,6 +150,8 @@ class ExploredCells:
         Colours and contrast of all figures.
     notes
         What was done other than asked, a sentence each.
+    unit
+        Of the concentrations, for labels.
     """
 
     cells: pd.DataFrame
@@ -158,6 +161,14 @@ class ExploredCells:
     artist: Artist
     look: Look
     notes: tuple[str, ...]
+    unit: str = ""
+
+    def label(self, treatment: str) -> str:
+        """Return a treatment as figures name it: with its unit, without a dose of 0."""
+        compound, _, dose = treatment.rpartition(" ")
+        if CONCENTRATION not in self.cells or not compound or not _is_number(dose):
+            return treatment
+        return compound if float(dose) == 0 else f"{treatment} {self.unit}".rstrip()
 
     def keys(self, rows: NDArray[Any]) -> NDArray[np.uint64]:
         """Return the keys of some rows."""
@@ -200,8 +211,12 @@ class ExploredCells:
             )
         return texts(self.cells[column])
 
-    def sample(self, count: int, split: str, treatments: Sequence[str]) -> NDArray[np.int64]:
+    def sample(
+        self, count: int, split: str, treatments: Sequence[str], key: str
+    ) -> NDArray[np.int64]:
         """Choose cells by their keys: of a split, of treatments (none named: the controls).
+
+        ``key`` is the section of the config that asks, for errors.
 
         Raises
         ------
@@ -216,7 +231,7 @@ class ExploredCells:
             for name in treatments:
                 if name not in known:
                     raise EvaluationError(
-                        f"no cell of treatment {name!r}{nearest(name, known)}; there are "
+                        f"{key}.treatments: no cell of {name!r}{nearest(name, known)}; there are "
                         f"{len(known)}: {listed(known)}"
                     )
             chosen = np.isin(compounds, treatments) | self.cells["treatment"].isin(treatments)
@@ -228,10 +243,18 @@ class ExploredCells:
         rows = np.flatnonzero(chosen)
         if not len(rows):
             raise EvaluationError(
-                f"no cell to manipulate: none of the {len(self.cells):,} cells is one of the "
-                f"{what} in split {split!r}"
+                f"{key}: no cell to manipulate: none of the {len(self.cells):,} cells is one of "
+                f"the {what} in split {split!r}"
             )
         return rows[np.argsort(self.keys(rows), kind="stable")[:count]]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def gather(config: Config, model: Model) -> ExploredCells:
@@ -285,7 +308,16 @@ def gather(config: Config, model: Model) -> ExploredCells:
         shown = artist.draw(scaled[rows], keys)
     look = Look(model.channels, contrast_limits(shown), settings.pixel_size)
     kept = dataset if has_patches else None
-    return ExploredCells(cells, scaled, coordinates, kept, artist, look, tuple(notes))
+    return ExploredCells(
+        cells,
+        scaled,
+        coordinates,
+        kept,
+        artist,
+        look,
+        tuple(notes),
+        settings.concentration_unit,
+    )
 
 
 def _from_dataset(

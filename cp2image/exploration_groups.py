@@ -11,6 +11,7 @@ from cp2image.config import Config
 from cp2image.errors import EvaluationError
 from cp2image.exploration_album import Album, file_name, join_parts
 from cp2image.exploration_cells import AXES, MOST, ExploredCells, group_names
+from cp2image.figures.canvas import shorten
 from cp2image.figures.explorations import count, representatives_figure
 from cp2image.figures.maps import treatment_map
 from cp2image.figures.plates import plate_overview
@@ -79,13 +80,20 @@ def represent(config: Config, explored: ExploredCells, album: Album) -> dict[str
         real = explored.real(rows)
         ends = np.cumsum([len(chosen[name]) for name in page])
         cut = [slice(end - len(chosen[n]), end) for n, end in zip(page, ends, strict=True)]
-        label = [f"{_short(name)}\n{count(len(groups[name]), 'cell')}" for name in page]
+        label = [
+            f"{shorten(explored.label(name), 26)}\n{count(len(groups[name]), 'cell')}"
+            for name in page
+        ]
         places = dict(zip(label, cut, strict=True))
         drawn = {name: patches[part] for name, part in places.items()}
         far = {name: relative[part] > 1 for name, part in places.items()}
         seen = None if real is None else {name: real[part] for name, part in places.items()}
         figure = representatives_figure(
-            drawn, far, explored.look, real=seen, title=f"typical cells by {settings.by}"
+            drawn,
+            far,
+            explored.look,
+            real=seen,
+            title=f"typical cells by {settings.by}: the medoid, then such as stand for the rest",
         )
         about = pd.DataFrame(
             {
@@ -100,12 +108,6 @@ def represent(config: Config, explored: ExploredCells, album: Album) -> dict[str
         tables.append(pd.concat([about, identity], axis=1).assign(distance=relative))
     album.table("cells", pd.concat(tables, ignore_index=True))
     return {name: {"cells": len(groups[name])} for name in groups}
-
-
-def _short(text: str) -> str:
-    """Return a group's name as a label: cut if long, controls without their dose of 0."""
-    text = text.removesuffix(" 0")
-    return text if len(text) <= 24 else text[:23] + "…"
 
 
 def plates_of(config: Config, explored: ExploredCells) -> list[str]:
@@ -146,7 +148,9 @@ def draw_atlas(config: Config, explored: ExploredCells, album: Album) -> dict[st
         figure = plate_overview(
             names,
             explored.look.colour(patches),
-            labels=[f"{m}{_short(t)}" for m, t in zip(marks, treatments[rows], strict=True)],
+            labels=[
+                f"{m}{explored.label(t)}" for m, t in zip(marks, treatments[rows], strict=True)
+            ],
             groups=None if moas is None else [m or "unknown" for m in moas[rows]],
             title=f"{plate}: generated medoid of each well; grey: no cell in the table"
             + ("; ▲: far from the training cells" if (relative > 1).any() else ""),
@@ -163,12 +167,13 @@ def draw_atlas(config: Config, explored: ExploredCells, album: Album) -> dict[st
         rows = np.array([_medoid(points, rows) for rows in groups])
         scaled, relative, patches = _draw_rows(explored, rows)
         first, second = (
-            f"PC{i + 1} ({100 * s:.0f} % of the variance)" for i, s in enumerate(axes.explained)
+            f"PC{i + 1} of the mean profiles ({100 * s:.0f} % of the variance)"
+            for i, s in enumerate(axes.explained)
         )
         figure = treatment_map(
             axes.project(means),
             patches,
-            [_short(name) for name in names],
+            [explored.label(name) for name in names],
             explored.look,
             groups=None if moas is None else [m or "unknown" for m in moas[rows]],
             outside=relative > 1,

@@ -25,6 +25,8 @@ from cp2image.figures.explorations import count, manipulation_figure
 from cp2image.figures.sheets import FAR, ODD
 from cp2image.metrics.phenotypes.response import Response
 
+_SOME, _ALL = "explore.manipulate", "explore.responses"
+
 
 def chosen_knobs(config: Config, explored: ExploredCells) -> tuple[list[str], NDArray[np.int64]]:
     """Return the features to be set one by one and the rows of the cells they are set in.
@@ -35,9 +37,10 @@ def chosen_knobs(config: Config, explored: ExploredCells) -> tuple[list[str], ND
         If the checkpoint has no such feature, or there is no such cell.
     """
     settings = config.explore.manipulate
-    key = "explore.manipulate.features"
-    features = match_features(settings.features, explored.artist.model.features, key)
-    return features, explored.sample(settings.cells, settings.split, settings.treatments)
+    known = explored.artist.model.features
+    features = match_features(settings.features, known, f"{_SOME}.features")
+    rows = explored.sample(settings.cells, settings.split, settings.treatments, _SOME)
+    return features, rows
 
 
 def all_knobs(config: Config, explored: ExploredCells) -> tuple[list[str], NDArray[np.int64]]:
@@ -49,9 +52,8 @@ def all_knobs(config: Config, explored: ExploredCells) -> tuple[list[str], NDArr
         If the checkpoint has no such feature, or there is no such cell.
     """
     settings, artist = config.explore.responses, explored.artist
-    key = "explore.responses.features"
-    features = match_features(settings.features, artist.model.features, key)
-    rows = explored.sample(settings.cells, settings.split, settings.treatments)
+    features = match_features(settings.features, artist.model.features, f"{_ALL}.features")
+    rows = explored.sample(settings.cells, settings.split, settings.treatments, _ALL)
     return [feature for feature in features if artist.measurable(feature)], rows
 
 
@@ -103,6 +105,7 @@ def turn_some(config: Config, explored: ExploredCells, album: Album) -> dict[str
                 "spearman_of_means": response.spearman_of_means,
                 "slope": response.slope,
                 "directed": response.directed,
+                "same_scale": artist.same_scale(feature),
                 "rises": response.rises,
                 "outside": float((far > 1).mean()),
                 "contradictory": float((odd > 1).mean()),
@@ -111,6 +114,8 @@ def turn_some(config: Config, explored: ExploredCells, album: Album) -> dict[str
             }
         draws = artist.draws(settings.draws)
         averaged = f", {draws} draws of each averaged" if draws > 1 else ""
+        period = artist.space.period_of(feature)
+        wraps = f"; ± {period / 2:g}° are the same" if period else ""
         figure = manipulation_figure(
             feature,
             images,
@@ -119,7 +124,7 @@ def turn_some(config: Config, explored: ExploredCells, album: Album) -> dict[str
             explored.look,
             same_scale=artist.same_scale(feature),
             unit=unit_of(feature),
-            note=f"mean and standard deviation over {count(len(rows), 'cell')}{averaged}",
+            note=f"mean and standard deviation over {count(len(rows), 'cell')}{averaged}{wraps}",
         )
         joined = [join_parts([part[i] for part in parts]) for i in range(5)]
         album.add(file_name(feature), figure, *joined)

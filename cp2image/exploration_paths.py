@@ -13,6 +13,7 @@ from cp2image.exploration_album import Album, file_name, join_parts
 from cp2image.exploration_cells import AXES, MOST, ExploredCells
 from cp2image.figures.explorations import (
     concentration_figure,
+    count,
     format_number,
     trajectory_figure,
 )
@@ -113,11 +114,11 @@ def targets_of(config: Config, explored: ExploredCells) -> dict[str, NDArray[np.
 def _about(explored: ExploredCells, row: int) -> str:
     cell = explored.cells.iloc[row]
     where = f"{cell[PLATE]} {cell[WELL]}" if WELL in explored.cells else str(cell[PLATE])
-    return f"{cell['treatment']} ({where})"
+    return f"{explored.label(str(cell['treatment']))} ({where})"
 
 
 def follow_doses(config: Config, explored: ExploredCells, album: Album) -> dict[str, Any]:
-    """Draw each compound's line from the controls to its highest concentration, see `doses_of`."""
+    """Draw each compound's line from the controls to its highest dose of `doses_of`."""
     settings, artist = config.explore.concentrations, explored.artist
     shares = np.linspace(0, 1, settings.points)
     found: dict[str, Any] = {}
@@ -152,8 +153,17 @@ def follow_doses(config: Config, explored: ExploredCells, album: Album) -> dict[
             if patches is not None:
                 real[name] = patches
         positions = {name: position_on_line(x, start, end) for name, x in points.items()}
+        between = _between(explored, groups, positions, shares)
+        if not between:
+            album.notes.append(
+                f"{compound}: its doses do not lie in order along the line, so no concentrations "
+                "are given between them"
+            )
+        left = _left_out(explored, compound, groups)
+        if left:
+            album.notes.append(f"{compound}: {left}; see explore.concentrations.fewest")
         figure = concentration_figure(
-            compound,
+            f"{compound} ({left})" if left else compound,
             {name: axes.project(x) for name, x in points.items()},
             axes.project(along),
             axes.explained.tolist(),
@@ -163,7 +173,7 @@ def follow_doses(config: Config, explored: ExploredCells, album: Album) -> dict[
             explored.look,
             real=real,
             positions={name: float(x.mean()) for name, x in positions.items()},
-            between=_between(explored, groups, positions, shares, settings.unit),
+            between=between,
         )
         names = list(ways)
         about = pd.DataFrame(
@@ -229,19 +239,22 @@ def doses_of(config: Config, explored: ExploredCells) -> dict[str, dict[str, NDA
         groups = {}
         beside = np.flatnonzero(control & np.isin(plates, plates[own]))
         if len(beside) >= fewest:
-            groups["control"] = beside[:MOST]
+            groups["control"] = beside
         for value in np.unique(dose[own]):
             rows = np.flatnonzero(own & (dose == value))
             if len(rows) >= fewest:
-                groups[f"{name} {format_number(float(value))} {settings.unit}".rstrip()] = rows
+                groups[explored.label(f"{name} {format_number(float(value))}")] = rows
         if len(groups) >= (2 if name in wanted else 3):
             found[name] = groups
         elif name in wanted:
-            raise EvaluationError(
-                f"explore.concentrations.compounds: {name!r} has {len(groups)} group of {fewest} "
-                "cells or more (its concentrations, the controls of its plates); a line needs two, "
-                "see explore.concentrations.fewest"
-            )
+            what = f"{name!r} are the negative controls, where every line begins"
+            if not (control & (compounds == name)).any():
+                what = (
+                    f"{name!r} has {count(len(groups), 'group')} of {fewest} cells or more (its "
+                    "concentrations, the controls of its plates); a line needs two, see "
+                    "explore.concentrations.fewest"
+                )
+            raise EvaluationError(f"explore.concentrations.compounds: {what}")
     return found
 
 
@@ -250,12 +263,12 @@ def _between(
     groups: dict[str, NDArray[np.int64]],
     positions: dict[str, NDArray[np.float64]],
     shares: NDArray[np.float64],
-    unit: str,
 ) -> list[str]:
     """Return the concentration that each place of a line stands for, by where the doses' means lie.
 
-    Between two of them it rises evenly in the logarithm; below the lowest nothing is known of it.
-    Empty where the doses do not lie in their order.
+    Between two of them it rises evenly in the logarithm, and is told to one digit, as cells of one
+    dose lie far apart; below the lowest nothing is known of it. Empty where the doses do not lie in
+    their order.
     """
     names = [name for name in groups if name != "control"]
     dose = [float(explored.cells[CONCENTRATION].iloc[groups[name][0]]) for name in names]
@@ -263,9 +276,23 @@ def _between(
     if len(at) < 2 or (np.diff(at) <= 0).any() or dose[0] <= 0:
         return []
     found = np.exp(np.interp(shares, at, np.log(dose)))
-    texts = [f"≈ {format_number(value)}" for value in found]
-    lowest = f"< {format_number(dose[0])}"
-    return [
-        f"{lowest if share < at[0] else text} {unit}".rstrip()
-        for share, text in zip(shares, texts, strict=True)
+    texts = []
+    for share, value in zip(shares, found, strict=True):
+        text = f"≈ {format_number(float(f'{value:.0e}'))}"
+        text = f"< {format_number(dose[0])}" if share < at[0] else text
+        texts.append("control" if share == 0 else f"{text} {explored.unit}".rstrip())
+    return texts
+
+
+def _left_out(explored: ExploredCells, compound: str, groups: dict[str, NDArray[np.int64]]) -> str:
+    """Say which concentrations of a compound have too few cells for its line."""
+    own = explored.cells[
+        (explored.names(COMPOUND) == compound) & ~explored.cells["control"].to_numpy()
     ]
+    doses = pd.to_numeric(own[CONCENTRATION], errors="coerce").dropna().value_counts().sort_index()
+    parts = [
+        f"{format_number(float(dose))} {explored.unit}".rstrip() + f": {count(int(cells), 'cell')}"
+        for dose, cells in doses.items()
+        if explored.label(f"{compound} {format_number(float(dose))}") not in groups
+    ]
+    return f"left out: {', '.join(parts)}" if parts else ""

@@ -106,7 +106,7 @@ def split_uri(uri: str) -> tuple[str, str]:
         raise StorageError("an empty path was given where a file or folder is expected")
     if not separator:
         if _SCHEME.match(uri):
-            raise StorageError(f"{uri}: a URI has '://' after its scheme; write s3://bucket/path")
+            raise StorageError("a URI has '://' after its scheme; write s3://bucket/path")
         return "", os.path.abspath(os.path.expanduser(uri))
     if scheme == "file":
         if not rest.startswith("/"):
@@ -123,8 +123,9 @@ def split_uri(uri: str) -> tuple[str, str]:
             f"s3://…: credentials do not belong into a URI, which is logged; {_SECRETS_HINT}"
         )
     if not _BUCKET.fullmatch(bucket):
-        shown = repr(bucket) if bucket else "nothing"
-        raise StorageError(f"s3://{authority}/…: {shown} is no bucket; write s3://bucket/path")
+        if not bucket:
+            raise StorageError("no bucket is named; write s3://bucket/path")
+        raise StorageError(f"s3://{authority}/…: {bucket!r} is no bucket; write s3://bucket/path")
     return authority, key
 
 

@@ -158,7 +158,7 @@ def draw_search(sweep: Sweep, results: pd.DataFrame, out: str) -> None:
     keys = {key: one.log for key, one in settings.space.items()}
     lost = len(frame) - len(shown)
     title = f"{len(frame)} trials, {sweep.config.train.steps:,} steps"
-    title += f"; {lost} below a floor left out" if lost else ""
+    title += f"; {lost} failed or below a floor left out" if lost else ""
     save(
         parallel_coordinates(
             shown, keys, metric, lower=settings.objective.goal == "min", title=title

@@ -8,11 +8,7 @@ from cp2image.command import run_job
 from cp2image.evaluation import evaluate
 
 if __name__ == "__main__":
-    raise SystemExit(
-        run_job(
-            __doc__,
-            evaluate,
-            reads=["evaluate.real", "evaluate.generated", "evaluate.checkpoint"],
-            writes=["evaluate.output"],
-        )
-    )
+    reads = [
+        f"evaluate.{name}" for name in ["real", "generated", "checkpoint", "inception_weights"]
+    ]
+    raise SystemExit(run_job(__doc__, evaluate, reads=reads, writes=["evaluate.output"]))

@@ -12,7 +12,7 @@ if __name__ == "__main__":
         run_job(
             __doc__,
             match_mechanisms,
-            reads=["mechanisms.profiles.uri"],
+            reads=["mechanisms.profiles", "mechanisms.joined"],
             writes=["mechanisms.output"],
         )
     )

@@ -8,12 +8,10 @@ from cp2image.command import run_job
 from cp2image.preparation import prepare
 
 if __name__ == "__main__":
+    reads = [
+        f"prepare.{name}"
+        for name in ["tables", "metadata_files", "images", "image_folders", "stacks.index"]
+    ]
     raise SystemExit(
-        run_job(
-            __doc__,
-            prepare,
-            reads=["prepare.tables", "prepare.images", "prepare.stacks.index"],
-            writes=["prepare.output"],
-            plates_of="prepare",
-        )
+        run_job(__doc__, prepare, reads=reads, writes=["prepare.output"], plates_of="prepare")
     )

@@ -68,6 +68,43 @@ def test_a_dry_run_prints_yaml_and_what_would_be_read_and_written_and_runs_nothi
     assert [path.name for path in tmp_path.iterdir()] == ["cells"]
 
 
+def test_a_dry_run_does_not_wait_for_a_store_that_does_not_answer(capsys, monkeypatch):
+    gate = threading.Event()
+    monkeypatch.setattr("cp2image.command.exists", lambda _: gate.wait(30))
+    monkeypatch.setattr("cp2image.command._PATIENCE_S", 0.2)
+    argv = ["--dry-run", "--set", "train.input=s3://lab/x"]
+    assert run_job("Train.", never, argv, reads=["train.input"]) == 0
+    gate.set()
+    shown = capsys.readouterr().out
+    assert shown.endswith("# reads train.input: s3://lab/x (cannot tell: no answer in 0.2 s)\n")
+
+
+def test_a_dry_run_lists_files_of_any_kind(capsys):
+    argv = ["--dry-run", "--set", "prepare.image_folders={/a: /b}"]
+    argv += ["--set", "mechanisms.profiles={uri: /wells.csv, columns: {}}"]
+    reads = ["prepare.image_folders", "mechanisms.profiles"]
+    assert run_job("Any.", never, argv, reads=reads) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("#")]
+    assert told == [
+        "# reads prepare.image_folders: /b (not there)",
+        "# reads mechanisms.profiles: /wells.csv (not there)",
+    ]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "prepare.image_folders={/a: 's3:/b'}",
+        "prepare.metadata_files=[{uri: 's3:/b', on: [Metadata_Well]}]",
+        "mechanisms.profiles={uri: 's3:/b', columns: {}}",
+    ],
+)
+def test_places_inside_other_settings_are_checked(capsys, setting):
+    assert run_job("Any.", never, argv=["--set", setting]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {setting.partition('=')[0]} = 's3:/b': "), error
+
+
 @pytest.mark.parametrize("place", ["s3:/lab/x", "s3://", "s3:///x", "gs://lab/x"])
 def test_a_place_that_is_none_is_refused_by_its_key(capsys, place):
     assert run_job("Train.", never, argv=["--set", f"train.input={place}"]) == 2

@@ -28,6 +28,17 @@ def test_the_launcher_would_refuse_a_misspelt_key(name):
 
 
 @pytest.mark.parametrize("name", LAUNCHED)
+def test_nodes_get_the_package_and_what_it_is_installed_with_and_no_results(name):
+    mounts = load(name)["file_mounts"].values()
+    own = {mount.removeprefix("./") for mount in mounts if not mount.startswith("~")}
+    assert own == {
+        *("cp2image", "jobs", "configs"),
+        *("pyproject.toml", "constraints.txt", "README.md", "LICENSE"),
+    }
+    assert all((ROOT / mount).exists() for mount in own)
+
+
+@pytest.mark.parametrize("name", LAUNCHED)
 def test_every_node_asks_for_the_token_and_notices_a_lost_one_soon(name):
     cluster = load(name)
     for commands in (cluster["head_start_ray_commands"], cluster["worker_start_ray_commands"]):

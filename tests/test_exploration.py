@@ -1,6 +1,7 @@
 """Explorations of a simulated screen by a draughtsman whose pictures are known to obey."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -24,6 +25,7 @@ from cp2image.errors import ColumnError, ConfigError, EvaluationError
 from cp2image.exploration import explore
 from cp2image.exploration_cells import gather
 from cp2image.exploration_knobs import all_knobs
+from cp2image.exploration_paths import _between, _left_out
 from cp2image.exploration_responses import (
     Base,
     knob_table,
@@ -253,20 +255,58 @@ def test_an_exploration_drawn_again_takes_its_own_files_and_leaves_the_others(fo
 
 
 @pytest.mark.usefixtures("obedient")
-def test_what_breaks_on_the_way_leaves_no_protocol_that_speaks_of_it(folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("before", [True, False])
+def test_what_breaks_on_the_way_has_no_protocol_and_is_cleared_by_the_next_run(
+    folder, tmp_path, monkeypatch, before
+):
     out = tmp_path / "out"
-    chosen = {"which": ["representatives"], "representatives": {"by": "well"}}
-    explore(config_of(folder, out, **chosen))
+    wells = {"which": ["representatives"], "representatives": {"by": "well"}}
+    if before:
+        explore(config_of(folder, out, **wells))
     place = out / "representatives" / "exploration.json"
-    files = json.loads(place.read_text())["files"]
 
     def fail(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr("cp2image.exploration_album.encode_stack", fail)
-    with pytest.raises(OSError, match="no space"):
-        explore(config_of(folder, out, **chosen))
-    assert json.loads(place.read_text()) == {"unfinished": True, "files": files}
+    with monkeypatch.context() as patch:
+        patch.setattr("cp2image.exploration_album.encode_stack", fail)
+        with pytest.raises(OSError, match="no space"):
+            explore(config_of(folder, out, **wells))
+    left = json.loads(place.read_text())
+    assert set(left) == {"unfinished", "files"}
+    assert {"well_1.png", "well_1.parquet"} <= set(left["files"])
+    few = {"by": "treatment", "groups": ["taxol"]}
+    explore(config_of(folder, out, which=["representatives"], representatives=few))
+    there = {file.name for file in place.parent.iterdir()}
+    assert there == set(json.loads(place.read_text())["files"])
+
+
+@pytest.mark.usefixtures("obedient")
+def test_a_damaged_protocol_is_as_good_as_none(folder, tmp_path):
+    place = tmp_path / "out" / "representatives" / "exploration.json"
+    place.parent.mkdir(parents=True)
+    place.write_text('{"files": ')
+    few = {"by": "treatment", "groups": ["taxol"]}
+    explore(config_of(folder, tmp_path / "out", which=["representatives"], representatives=few))
+    assert "protocol" in json.loads(place.read_text())
+
+
+def test_a_line_leaves_doses_out_and_says_so_and_tells_concentrations_along_it(folder):
+    config = config_of(folder, folder / "x", concentration_unit="µM")
+    explored = gather(config, load_model(config.explore.checkpoint))
+    assert explored.label("taxol 0.3") == "taxol 0.3 µM"
+    assert explored.label("DMSO 0") == "DMSO"
+    assert explored.label("unknown") == "unknown"
+    groups = {"control": np.array([0]), "taxol 0.3 µM": np.array([1])}
+    assert re.fullmatch(r"left out: 3 µM: \d+ cells", _left_out(explored, "taxol", groups))
+    rows = np.flatnonzero(explored.cells["treatment"] == "taxol 0.3")
+    more = np.flatnonzero(explored.cells["treatment"] == "taxol 3")
+    groups = {"control": rows, "taxol 0.3 µM": rows, "taxol 3 µM": more}
+    at = {name: np.array([x]) for name, x in zip(groups, (0.0, 0.4, 1.0), strict=True)}
+    told = _between(explored, groups, at, np.array([0, 0.2, 0.4, 0.7, 1]))
+    assert told == ["control", "< 0.3 µM", "≈ 0.3 µM", "≈ 0.9 µM", "≈ 3 µM"]
+    at["taxol 3 µM"] = np.array([0.3])
+    assert _between(explored, groups, at, np.array([0, 1])) == []
 
 
 @pytest.mark.usefixtures("obedient")
@@ -338,7 +378,7 @@ def test_draws_of_the_model_with_noise_differ_and_are_averaged(folder):
     config = config_of(folder, folder / "x", "cp2image-s")
     explored = gather(config, load_model(config.explore.checkpoint))
     artist = explored.artist
-    rows = explored.sample(3, "all", [])
+    rows = explored.sample(3, "all", [], "explore.manipulate")
     base = Base.of(explored, rows)
     first, again, other = (artist.draw(explored.scaled[rows], base.keys, t) for t in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
@@ -379,11 +419,13 @@ def test_the_cluster_measures_what_this_process_measures(folder, ray_session, mo
         ({"which": ["manipulate"], "manipulate": {"features": ["Nuclei_AreaShape_Aera"]}},
          ColumnError, "did you mean 'Nuclei_AreaShape_Area'"),
         ({"which": ["manipulate"], "manipulate": {"treatments": ["DMSO", "taxl"]}},
-         EvaluationError, "no cell of treatment 'taxl' .did you mean 'taxol"),
+         EvaluationError, "explore.manipulate.treatments: no cell of 'taxl' .did you mean 'taxol"),
         ({"which": ["trajectories"], "trajectories": {"targets": ["nothing"]}},
          EvaluationError, "no cell of 'nothing'"),
         ({"which": ["trajectories"], "trajectories": {"targets": ["DMSO"]}},
          EvaluationError, "'DMSO' are the negative controls.*known mechanisms: (?!.*DMSO)"),
+        ({"which": ["concentrations"], "concentrations": {"compounds": ["DMSO"]}},
+         EvaluationError, "'DMSO' are the negative controls, where every line begins"),
         ({"which": ["concentrations"], "concentrations": {"compounds": ["DMS0"]}},
          EvaluationError, "no cell of 'DMS0' .did you mean 'DMSO'"),
         ({"which": ["representatives"], "representatives": {"groups": ["x"]}},

@@ -71,6 +71,15 @@ def signed(text: str) -> str:
     return re.sub(r"(?<![\w.])-(?=\d)|(?<=e)-(?=\d)", "−", text)
 
 
+def shorten(text: str, length: int) -> str:
+    """Cut a text, but not the numbers and units at its end: two doses stay two names."""
+    if len(text) <= length:
+        return text
+    dose = re.search(r"(?: [\d.,e+−-]+(?: ?[^\s\d]{1,4})?)$", text)
+    tail = dose.group() if dose else ""
+    return text[: max(1, length - 1 - len(tail))].rstrip() + "…" + tail
+
+
 def save(figure: Figure, uri: str) -> str:
     """Write a figure as PNG or SVG, whole or not at all, and return its URI.
 

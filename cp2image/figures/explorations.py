@@ -54,11 +54,17 @@ class Response(Protocol):
     def directed(self) -> bool:
         """False for angles without a common direction, which have no mean."""
 
+    @property
+    def measured(self) -> NDArray[np.float64]:
+        """Of the single cells, (N, S)."""
+
 
 _MODES = {
     "conditional": "the others moved along (conditional mean)",
     "single": "all others fixed",
 }
+_FLAT = 0.1
+"""Slope up to which a mean hardly moves, though it may rise with every step."""
 _COLOURS = {"conditional": ACCENT, "single": CONTRAST}
 
 
@@ -109,9 +115,18 @@ def manipulation_figure(
     tail = f" ({unit})" if unit else ""
     axes = quiet(grid[-1], x=f"requested {feature}{tail}", y=f"measured{tail}")
     for mode, found in responses.items():
-        label = f"{_MODES[mode]}: {_course(found)}"
-        if not found.directed:  # an entry in the legend and no line
-            axes.plot([], [], "o-", color=_COLOURS[mode], markersize=3.5, label=label)
+        label = f"{_MODES[mode]}: {_course(found, same_scale)}"
+        if not found.directed:  # no mean to draw: the cells themselves
+            steps = np.broadcast_to(requested, found.measured.shape)
+            axes.plot(
+                steps.ravel(),
+                found.measured.ravel(),
+                "o",
+                color=_COLOURS[mode],
+                markersize=2.5,
+                alpha=0.5,
+                label=label,
+            )
             continue
         low, high = found.mean - found.deviation, found.mean + found.deviation
         axes.fill_between(requested, low, high, color=_COLOURS[mode], alpha=0.15, linewidth=0)
@@ -126,13 +141,23 @@ def manipulation_figure(
     return figure
 
 
-def _course(found: Response) -> str:
-    if not found.directed:
-        return "the cells' angles have no common direction, so no mean"
+def _course(found: Response, same_scale: bool) -> str:
     if not np.isfinite(found.spearman):
         return "too few values"
-    rises = "rises with every step" if found.rises else "does not rise with every step"
-    return signed(f"Spearman {found.spearman:.2f}, slope {found.slope:.2f}, {rises}")
+    rank = f"Spearman {found.spearman:.2f}, "
+    return signed(rank + course(found.slope, found.rises, found.directed, same_scale))
+
+
+def course(slope: float, rises: bool, directed: bool, same_scale: bool) -> str:
+    """Say in a few words how the mean of what was measured goes with what was requested."""
+    if not directed:
+        return "no mean: single cells, whose angles have no common direction or are too few"
+    if same_scale and abs(slope) < _FLAT:
+        return f"slope {slope:.2f}: hardly moves"
+    return f"slope {slope:.2f}, {'rises' if rises else 'does not rise'} with every step"
+
+
+_TAKEN = "features taken over from the target, the most different first"
 
 
 def trajectory_figure(
@@ -174,7 +199,7 @@ def trajectory_figure(
         part = slice(start, min(start + columns, count))
         label = f"generated\n{taken[start]:,}–{taken[part.stop - 1]:,}\nfeatures"
         rows[label], marks[label] = drawn[part], outside[part]
-        captions[label] = [f"{value:.2f}" for value in alike[part]]
+        captions[label] = [signed(f"{value:.2f}") for value in alike[part]]
     if real:
         rows["real"] = np.concatenate(list(real.values()))
         captions["real"] = list(real)
@@ -182,7 +207,7 @@ def trajectory_figure(
     figure = blank(max(min(count, columns) * INCH + 1.2, 6.0), height + 2.4)
     top, below = figure.subplots(2, 1, height_ratios=[height, 1.7])
     draw_sheet(top, look, rows, captions=captions, marked=marks)
-    axes = quiet(below, x="features taken over from the target", y="cosine to the target")
+    axes = quiet(below, x=_TAKEN, y="cosine of profile and target")
     axes.plot(taken, alike, "o-", color=ACCENT, markersize=3)
     axes.plot(taken[outside], alike[outside], "o", color=CONTRAST, markersize=4)
     figure.suptitle(title, fontsize=SMALL + 2, color=INK)
@@ -246,7 +271,8 @@ def concentration_figure(
     else:
         left = upper.subplots()
     first, second = (
-        f"PC{i + 1} ({100 * share:.0f} % of the variance)" for i, share in enumerate(explained)
+        f"PC{i + 1} of these cells ({100 * share:.0f} % of the variance)"
+        for i, share in enumerate(explained)
     )
     axes = quiet(left, x=first, y=second)
     for index, (name, points) in enumerate(places.items()):

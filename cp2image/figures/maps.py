@@ -18,6 +18,7 @@ from cp2image.figures.canvas import (
     TEXT,
     blank,
     legend,
+    shorten,
     signed,
 )
 from cp2image.figures.sheets import OUTSIDE, Look, stain_legend
@@ -123,7 +124,7 @@ def treatment_map(
         frame = Rectangle((x - half, y - half), _CELL, _CELL, fill=False, zorder=3)
         frame.set(edgecolor=edge, linewidth=1.6)
         axes.add_patch(frame)
-        axes.text(x, y - half - 0.02, _short(labels[index]) + (" ▲" if far[index] else ""),
+        axes.text(x, y - half - 0.02, shorten(labels[index], 20) + (" ▲" if far[index] else ""),
                   ha="center", va="top", fontsize=SMALL - 3, zorder=4,
                   color=CONTRAST if far[index] else INK)  # fmt: skip
     axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), aspect="equal")
@@ -143,7 +144,3 @@ def treatment_map(
         legend(figure, {name: colour.get(name, MUTED) for name in names}, 4)
     stain_legend(figure, look, place="upper right")
     return figure
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 18 else text[:17] + "…"

@@ -10,7 +10,7 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from cp2image.errors import DatasetError, PatchError
-from cp2image.figures.canvas import FAINT, INK, MUTED, PALETTE, SMALL, TEXT, blank, legend
+from cp2image.figures.canvas import FAINT, INK, MUTED, PALETTE, SMALL, TEXT, blank, legend, shorten
 
 FORMATS = ((2, 3), (4, 6), (8, 12), (16, 24), (32, 48))
 """Rows and columns of 6-, 24-, 96-, 384- and 1536-well plates."""
@@ -125,7 +125,7 @@ def plate_overview(
             frame.set(edgecolor=edge, linewidth=1.8 if large else 1.2)
             axes.add_patch(frame)
         if labels is not None:
-            text, size = _short(labels[index], 24 if large else 16), SMALL - (2.5 if large else 4)
+            text, size = shorten(labels[index], 24 if large else 16), SMALL - (2.5 if large else 4)
             axes.text(column, row + 0.37, text, ha="center", va="top", fontsize=size, color=INK)
     axes.set(xlim=(-0.52, columns - 0.48), ylim=(rows - 0.48, -0.52), aspect="equal")
     axes.set_xticks(range(columns), [str(c + 1) for c in range(columns)])
@@ -138,10 +138,6 @@ def plate_overview(
     if names:
         legend(figure, {name: colour.get(name, MUTED) for name in names}, per_line)
     return figure
-
-
-def _short(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
 
 
 def _check(

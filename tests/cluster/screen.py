@@ -62,9 +62,9 @@ class Screen:
         }
 
     def generating(self, output: str) -> dict[str, Any]:
-        """Return the experiment with another folder for the generated screen."""
-        config = self.config
-        return {**config, "generate": {**config["generate"], "output": output}}
+        """Return the experiment with another folder for the generated screen, recorded apart."""
+        generate = {**self.config["generate"], "output": output}
+        return {**self.config, "generate": generate, "tracking": {"experiment": "other screens"}}
 
     def make(self) -> None:
         """Run every step; stop at the first that fails."""

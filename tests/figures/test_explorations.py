@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from cp2image.errors import PatchError
-from cp2image.figures.canvas import blank, signed
+from cp2image.figures.canvas import blank, shorten, signed
 from cp2image.figures.explorations import (
     concentration_figure,
     count,
+    course,
     format_number,
     manipulation_figure,
     representatives_figure,
@@ -80,10 +81,11 @@ def test_a_sheet_with_captions_leaves_room_for_them(look):
         draw_sheet(blank(4, 3).subplots(), look, {"a": cells(0)})
 
 
-def response(rises, directed=True):
+def response(rises, directed=True, slope=-0.5):
     line = np.linspace(1, 5, 4)
-    numbers = {"spearman": 0.93, "slope": -0.5, "rises": rises, "directed": directed}
-    return SimpleNamespace(requested=line, mean=line, deviation=0.1 * line, **numbers)
+    numbers = {"spearman": 0.93, "slope": slope, "rises": rises, "directed": directed}
+    cells = np.tile(line, (2, 1))
+    return SimpleNamespace(requested=line, mean=line, deviation=line, measured=cells, **numbers)
 
 
 def test_a_manipulation_shows_both_ways_their_marks_and_what_was_measured(look):
@@ -110,7 +112,7 @@ def test_a_manipulation_shows_both_ways_their_marks_and_what_was_measured(look):
     assert drawn(figure) > 5000
 
 
-def test_angles_without_a_direction_get_a_word_and_no_line(look):
+def test_angles_without_a_direction_are_drawn_cell_by_cell(look):
     figure = manipulation_figure(
         "Nuclei_AreaShape_Orientation",
         {"single": cells(1, 4)},
@@ -120,9 +122,24 @@ def test_angles_without_a_direction_get_a_word_and_no_line(look):
         same_scale=False,
     )
     axes = figure.axes[-1]
-    assert "no common direction" in axes.get_legend().texts[0].get_text()
-    assert [len(line.get_xdata()) for line in axes.lines] == [0]
-    assert not axes.collections
+    assert "no mean: single cells" in axes.get_legend().texts[0].get_text()
+    (points,) = axes.lines
+    assert points.get_linestyle() == "None"
+    assert points.get_xdata().tolist() == 2 * np.linspace(1, 5, 4).tolist()
+    assert not axes.collections  # no band
+
+
+def test_a_mean_that_hardly_moves_is_not_said_to_rise():
+    assert course(0.04, True, True, True) == "slope 0.04: hardly moves"
+    assert course(0.04, True, True, False) == "slope 0.04, rises with every step"
+    assert course(0.4, False, True, True) == "slope 0.40, does not rise with every step"
+
+
+def test_a_text_is_cut_but_not_its_dose():
+    assert shorten("mevinolin/lovastatin 20", 20) == "mevinolin/lovast… 20"
+    assert shorten("mevinolin/lovastatin 0.3 µM", 20) == "mevinolin/lo… 0.3 µM"
+    assert shorten("a name without any number", 10) == "a name wi…"
+    assert shorten("taxol 3", 20) == "taxol 3"
 
 
 def test_a_trajectory_has_the_similarity_under_every_image(look):
@@ -171,7 +188,7 @@ def test_a_dose_line_shows_the_plane_the_line_and_the_real_cells_if_there_are_an
     assert "50 %\n≈ 1.1 µM" in texts(figure.subfigs[1].axes[0])
     assert OUTSIDE not in legend_of(figure)
     scatter = next(axes for axes in figure.axes if axes.get_xlabel())
-    assert scatter.get_xlabel() == "PC1 (40 % of the variance)"
+    assert scatter.get_xlabel() == "PC1 of these cells (40 % of the variance)"
     told = [text.get_text() for text in scatter.get_legend().texts]
     assert [text.partition(" (")[0] for text in told] == list(places)
     labels = [label.get_text() for axes in figure.axes for label in axes.get_yticklabels()]
@@ -211,7 +228,7 @@ def test_a_map_shows_every_treatment_its_group_and_what_is_far(look):
     )
     axes = figure.axes[0]
     assert len(axes.get_images()) == 5
-    assert texts(axes) == ["a", "b ▲", "c", "d", "a very long name …"]
+    assert texts(axes) == ["a", "b ▲", "c", "d", "a very long name of…"]
     assert {"x", "y", *CHANNELS} <= set(legend_of(figure))
     with pytest.raises(PatchError, match="2 places, 1 cells, 2 labels"):
         treatment_map(np.zeros((2, 2)), cells(1), ["a", "b"], look)

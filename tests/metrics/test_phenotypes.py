@@ -185,6 +185,16 @@ def test_angles_that_ignore_the_request_are_not_talked_into_following():
         assert np.isnan([found.slope, *found.mean, *found.deviation]).all()
 
 
+@pytest.mark.parametrize("cells", [1, 4])
+def test_a_few_cells_have_no_mean_direction_but_their_ranks(cells):
+    requested = np.linspace(-80, 80, 9)
+    found = summarise_response(requested, np.tile(requested, (cells, 1)), period=180)
+    assert not found.directed
+    assert found.spearman == pytest.approx(1)
+    np.testing.assert_allclose(found.measured, np.tile(requested, (cells, 1)))
+    assert summarise_response(requested, np.tile(requested, (5, 1)), period=180).directed
+
+
 def test_mean_of_axes_on_either_side_of_the_seam():
     assert abs(circular_mean([89.0, -89.0, np.nan], 180)) == pytest.approx(90)
 

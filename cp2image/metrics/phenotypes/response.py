@@ -1,6 +1,6 @@
 """What was asked for against what is measured: does a knob work? Pure: numpy and scipy."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -36,8 +36,11 @@ class Response:
     rises
         Whether the mean rises with every step.
     directed
-        False for angles of which some step has no common direction: a mean of such angles says
-        where the circle was cut and nothing else, so there is none, and nothing made of it.
+        False for angles of which some step has no common direction, or too few cells to have one: a
+        mean of such angles says where the circle was cut and nothing else, so there is none, and
+        nothing made of it.
+    measured
+        The cells' own values, (N, S); angles as the mean takes them.
     """
 
     requested: Values
@@ -49,6 +52,7 @@ class Response:
     slope: float
     rises: bool
     directed: bool = True
+    measured: Values = field(default_factory=lambda: np.empty((0, 0)))
 
 
 def summarise_response(
@@ -97,7 +101,7 @@ def summarise_response(
     rises = bool(there.all() and (np.diff(mean) > 0).all())
     pooled = _spearman(steps[known], x[known])
     over_means = _spearman(asked[there], mean[there])
-    return Response(asked, mean, deviation, counts, pooled, over_means, slope, rises, directed)
+    return Response(asked, mean, deviation, counts, pooled, over_means, slope, rises, directed, x)
 
 
 def circular_mean(values: ArrayLike, period: float, axis: int = 0) -> Values:
@@ -110,7 +114,10 @@ def circular_mean(values: ArrayLike, period: float, axis: int = 0) -> Values:
 
 
 def _have_direction(x: Values, known: NDArray[np.bool_], period: float) -> bool:
-    """Tell whether the angles of every step have a common direction (Rayleigh's test)."""
+    """Tell whether the angles of every step have a common direction (Rayleigh's test).
+
+    Four cells or fewer never have: chance alone turns them alike too often.
+    """
     there = known.any(axis=0)
     turns = np.where(known, np.exp(2j * np.pi * np.nan_to_num(x) / period), 0)
     counts = np.maximum(known.sum(axis=0), 1)
