@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -417,6 +418,12 @@ def _read_file(uri: str, place: str) -> bytes:
 
 
 def _download(uri: str, store: str | None) -> str:
+    path = store.removeprefix("sqlite:///") if store and store.startswith("sqlite:///") else ""
+    if path and not Path(path).exists():  # MLflow would make an empty one
+        raise CheckpointError(
+            f"{uri}: there is no MLflow store at {path}; set tracking.uri or MLFLOW_TRACKING_URI to "
+            "the one that has the model, or run.folder to its experiment's"
+        )
     import mlflow
 
     try:

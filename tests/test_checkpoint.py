@@ -340,6 +340,12 @@ def test_unknown_registered_model_is_refused(registered):
         load_model("models:/cells@absent")
 
 
+def test_a_store_that_is_not_there_is_not_made_by_looking_into_it(tmp_path):
+    with pytest.raises(CheckpointError, match="there is no MLflow store at"):
+        load_model("models:/cells@absent", store=f"sqlite:///{tmp_path}/mlflow.db")
+    assert not list(tmp_path.iterdir())
+
+
 def test_registered_model_is_found_in_the_store_that_is_named(registered, model, tmp_path):
     uri, _, recorder = registered
     other = f"sqlite:///{tmp_path}/mlflow.db"

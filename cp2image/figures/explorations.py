@@ -134,7 +134,7 @@ def manipulation_figure(
     if same_scale:
         ends = requested[[0, -1]]
         axes.plot(ends, ends, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), label="equal")
-    axes.legend(frameon=False, fontsize=SMALL, labelcolor=INK, loc="best")
+    axes.legend(fontsize=SMALL, labelcolor=INK, loc="best", framealpha=0.85, edgecolor="none")
     axes.set_title(note, fontsize=SMALL, color=MUTED, loc="left")
     figure.suptitle(feature, fontsize=SMALL + 3, color=INK)
     stain_legend(figure, look, np.stack(list(marks.values())))
