@@ -421,8 +421,8 @@ def _download(uri: str, store: str | None) -> str:
     path = store.removeprefix("sqlite:///") if store and store.startswith("sqlite:///") else ""
     if path and not Path(path).exists():  # MLflow would make an empty one
         raise CheckpointError(
-            f"{uri}: there is no MLflow store at {path}; set tracking.uri or MLFLOW_TRACKING_URI to "
-            "the one that has the model, or run.folder to its experiment's"
+            f"{uri}: there is no MLflow store at {path}; set tracking.uri or MLFLOW_TRACKING_URI "
+            "to the one that has the model, or run.folder to its experiment's"
         )
     import mlflow
 
