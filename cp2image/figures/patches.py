@@ -10,7 +10,7 @@ from matplotlib.patches import Rectangle
 from numpy.typing import ArrayLike, NDArray
 
 from cp2image.errors import PatchError
-from cp2image.figures.canvas import INK, SMALL, TEXT, blank, legend
+from cp2image.figures.canvas import INK, SMALL, TEXT, blank, legend, shorten
 
 Colour = tuple[float, float, float]
 STAINS: tuple[tuple[str, Colour], ...] = (
@@ -139,7 +139,7 @@ def figure_rows(
     channels
         C channel names.
     titles
-        N texts above the cells, such as their treatments.
+        N texts above the cells, such as their treatments; what is too long for a cell is cut.
     pixel_size
         Micrometres per pixel; draws a scale bar.
     columns
@@ -177,7 +177,8 @@ def figure_rows(
         axes.set_yticks(centres, list(rows), fontsize=TEXT, color=INK)
         for index in range(count if titles else 0):
             x = index * (width + _GAP) + width / 2
-            text = titles[part.start + index] if titles else ""
+            words = (titles[part.start + index] if titles else "").split("\n")
+            text = "\n".join(shorten(line, 15) for line in words)
             axes.text(x, -4, text, ha="center", va="bottom", fontsize=SMALL - 1, color=INK)
         if pixel_size is not None and block == 0:
             draw_scale_bar(axes, pixel_size, width, height)
