@@ -10,7 +10,7 @@ import pandas as pd
 from cp2image.cluster import join_cluster
 from cp2image.config import Config
 from cp2image.dataset import CellDataset, open_dataset
-from cp2image.errors import ConfigError, TuningError
+from cp2image.errors import TuningError
 from cp2image.profiles import measured_features
 from cp2image.storage import delete_tree, join, read_bytes, write_bytes
 from cp2image.tracking import Recorder, close_children, record, register_model, tracking_uri
@@ -112,7 +112,8 @@ def _begun(config: Config, dataset: CellDataset) -> dict[str, str]:
     tune_section = config.tune.model_dump(mode="json")
     free = ("trials", "parallel", "finalists", "seeds", "references", "retries", "alias", "output")
     kept = {key: value for key, value in tune_section.items() if key not in free}
-    parts = [fingerprint(config, dataset), config.train.steps, kept]
+    judged = (config.train.validate_every, config.train.validation_cells)
+    parts = [fingerprint(config, dataset), config.train.steps, judged, kept]
     parts.append(config.score.model_dump(mode="json"))
     mark = sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
     earlier = read_json(join(config.tune.output, "search.json"))
@@ -165,11 +166,6 @@ def _search_by_generations(sweep: Sweep, recorder: Recorder) -> None:
     """Train a population in generations; between them the weak take over from the strong."""
     settings, config, table = sweep.config.tune, sweep.config, sweep.table
     size = settings.trials // settings.generations
-    if size < 2:
-        raise ConfigError(
-            f"tune.trials = {settings.trials} in {settings.generations} generations is no "
-            f"population; expected at least {2 * settings.generations}"
-        )
     whole = {key: is_whole(config, key, one) for key, one in settings.space.items()}
     proposals = Proposals(_random(config))
     parents: list[Trial] = []
@@ -265,7 +261,8 @@ def _publish(sweep: Sweep, recorder: Recorder) -> Tuning:
     winner = results.iloc[0]
     best = dict(compared(sweep))[winner["name"]]
     text = describe(sweep, results)
-    model = _register(sweep, recorder, best)
+    meets = not winner["below"]
+    model = _register(sweep, recorder, best) if meets else ""
     text += f"\nRegistered as {model}." if model else ""
     files = {
         "trials.csv": to_frame(sweep.table.trials).to_csv(index=False),
@@ -277,7 +274,8 @@ def _publish(sweep: Sweep, recorder: Recorder) -> Tuning:
         write_bytes(join(out, name), content.encode())
     draw_search(sweep, results, out)
     recorder.folder(out, "search")
-    recorder.metrics({"best_score": float(winner["mean"])})
+    if meets:
+        recorder.metrics({"best_score": float(winner["mean"])})
     return Tuning(config.tune.output, best, results, text)
 
 

@@ -8,10 +8,11 @@ import pandas as pd
 from cp2image.config import Config
 from cp2image.errors import TuningError
 from cp2image.figures.canvas import save
+from cp2image.figures.explorations import format_number
 from cp2image.figures.search import numbers_against_objective, parallel_coordinates
 from cp2image.storage import join
 from cp2image.tuning_runs import Sweep
-from cp2image.tuning_space import Values, filled, is_allowed, with_values
+from cp2image.tuning_space import ALLOWED, Values, filled, is_allowed, with_values
 from cp2image.tuning_table import SEARCH, Trial, to_frame
 
 
@@ -63,7 +64,11 @@ def compared(sweep: Sweep) -> list[tuple[str, Values]]:
 
 
 def tabulate_results(sweep: Sweep) -> pd.DataFrame:
-    """Tabulate what is compared, best first: mean, spread and seeds of the score, and metrics."""
+    """Tabulate what is compared, best first: mean, spread and seeds of the score, and metrics.
+
+    Numbers of which ``below`` seeds miss a floor are not allowed, whatever the others have: their
+    ``mean`` is that of the seeds below, and says how far below they are.
+    """
     steps, seeds = sweep.config.train.steps, sweep.config.tune.seeds
     wanted = seeds if sweep.config.tune.finalists else [sweep.config.run.seed]
     rows = []
@@ -78,9 +83,11 @@ def tabulate_results(sweep: Sweep) -> pd.DataFrame:
         if not len(scores):
             continue
         sd = float(scores.std(ddof=1)) if len(scores) > 1 else float("nan")
+        below = int(sum(not is_allowed(score) for score in scores))
+        mean = float(scores[scores >= ALLOWED].mean() if below else scores.mean())
         names = [n for n in own[0].history[-1] if n.startswith("validation/")]
         means = {n: float(np.mean([trial.history[-1][n] for trial in own])) for n in names}
-        about = {"name": name, "mean": float(scores.mean()), "sd": sd, "seeds": len(scores)}
+        about = {"name": name, "mean": mean, "sd": sd, "seeds": len(scores), "below": below}
         rows.append({**about, "lost": len(wanted) - len(scores), **values, **means})
     if not rows:
         reasons = {trial.reason.splitlines()[-1] for trial in sweep.table.trials if trial.reason}
@@ -89,7 +96,7 @@ def tabulate_results(sweep: Sweep) -> pd.DataFrame:
             + (f": {'; '.join(sorted(reasons))[:1000]}" if reasons else "")
         )
     table = pd.DataFrame(rows)
-    return table.sort_values(["lost", "mean"], kind="stable", ignore_index=True)
+    return table.sort_values(["lost", "below", "mean"], kind="stable", ignore_index=True)
 
 
 def describe(sweep: Sweep, results: pd.DataFrame) -> str:
@@ -108,9 +115,10 @@ def describe(sweep: Sweep, results: pd.DataFrame) -> str:
         "| --- | ---: | ---: | ---: |",
     ]
     for _, row in results.head(12).iterrows():
-        mean = f"{sign * row['mean']:.4g}" if is_allowed(row["mean"]) else "below a floor"
-        known = is_allowed(row["mean"]) and not np.isnan(row["sd"])
-        spread = f"{row['sd']:.2g}" if known else "—"
+        mean = f"{row['below']} of {row['seeds']} below a floor"
+        mean = mean if row["below"] else format_number(sign * row["mean"])
+        known = not row["below"] and not np.isnan(row["sd"])
+        spread = format_number(row["sd"]) if known else "—"
         lines.append(f"| {row['name']} | {mean} | {spread} | {row['seeds']} |")
     lines += ["", _verdict(sweep, results)]
     return "\n".join(lines)
@@ -119,7 +127,7 @@ def describe(sweep: Sweep, results: pd.DataFrame) -> str:
 def _verdict(sweep: Sweep, results: pd.DataFrame) -> str:
     """Say whether the search beat the references by more than the spread over seeds."""
     winner = results.iloc[0]
-    if not is_allowed(winner["mean"]):
+    if winner["below"]:
         return "No settings met the floors: lower them, or train longer."
     if winner["name"] in sweep.config.tune.references:
         return f"The search found nothing better than the reference {winner['name']}."
@@ -129,7 +137,7 @@ def _verdict(sweep: Sweep, results: pd.DataFrame) -> str:
         if row.empty:
             sentences.append(f"The reference {name} was not trained to the end.")
             continue
-        if not is_allowed(row["mean"].iloc[0]):
+        if row["below"].iloc[0]:
             sentences.append(f"{winner['name']} meets the floors; the reference {name} does not.")
             continue
         gap, other = float(row["mean"].iloc[0] - winner["mean"]), row.iloc[0]
@@ -159,6 +167,7 @@ def draw_search(sweep: Sweep, results: pd.DataFrame, out: str) -> None:
     lost = len(frame) - len(shown)
     title = f"{len(frame)} trials, {sweep.config.train.steps:,} steps"
     title += f"; {lost} failed or below a floor left out" if lost else ""
+    title += "; all are below a floor" if not allowed.any() else ""
     save(
         parallel_coordinates(
             shown, keys, metric, lower=settings.objective.goal == "min", title=title
@@ -183,6 +192,7 @@ def best_yaml(sweep: Sweep, best: Values, text: str) -> str:
     data["run"] |= {"name": f"{config.run.name}-best", "folder": folder}
     data["split"]["seed"] = config.run.seed if own is None else own
     data["train"]["output"] = join(folder, "checkpoint")
+    data["tracking"]["register_as"] = None  # the search has registered its best model
     for section, key in (("generate", "checkpoint"), ("evaluate", "checkpoint")):
         data[section][key] = join(folder, "checkpoint")
     data["generate"]["output"] = data["evaluate"]["generated"] = join(folder, "screen")

@@ -97,6 +97,7 @@ def run_trials(
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     scheduler = _asha(sweep) if stops_early else FIFOScheduler()
+    source = _Source(sweep, wanted, over)
     scratch = join(sweep.table.uri, "_ray", uuid.uuid4().hex[:12])
     files, path = filesystem(scratch)
     try:
@@ -105,7 +106,7 @@ def run_trials(
             tune_config=tune.TuneConfig(
                 metric="score",
                 mode="min",
-                search_alg=_Source(sweep, wanted, over),
+                search_alg=source,
                 scheduler=scheduler,
                 num_samples=-1,
                 trial_dirname_creator=lambda trial: trial.trial_id,
@@ -121,6 +122,8 @@ def run_trials(
         tuner.fit()
     finally:
         delete_tree(scratch)
+    if source.refusal is not None:
+        raise source.refusal
 
 
 def run_trial(settings: Mapping[str, Any]) -> None:
@@ -221,6 +224,8 @@ class _Source(Searcher):  # type: ignore[misc]
         self._sweep, self._wanted, self._over = sweep, wanted, over
         self._running: dict[str, int] = {}
         self._began: dict[str, float] = {}
+        self.refusal: Cp2ImageError | None = None
+        """Why the search was given up; raised when Tune has ended, which would wrap it."""
 
     def set_search_properties(self, metric: Any, mode: Any, config: Any, **spec: Any) -> bool:
         """Accept: what is searched for is not Tune's business."""
@@ -229,6 +234,8 @@ class _Source(Searcher):  # type: ignore[misc]
     def suggest(self, trial_id: str) -> Any:
         """Return the next trial's settings, None to be asked again, or that there are no more."""
         sweep = self._sweep
+        if self.refusal is not None:
+            return Searcher.FINISHED
         if len(self._running) >= sweep.config.tune.parallel:
             return None
         trial = self._wanted()
@@ -277,7 +284,10 @@ class _Source(Searcher):  # type: ignore[misc]
             f"{trial.status} at step {trial.step:,}{score}{trial.reason and ': '}"
             f"{trial.reason[-300:]}",
         )
-        self._over(trial)
+        try:
+            self._over(trial)
+        except Cp2ImageError as refusal:
+            self.refusal = refusal
 
     def save(self, checkpoint_path: str) -> None:
         """Do nothing: the table is on storage."""

@@ -15,6 +15,8 @@ from cp2image.errors import ConfigError
 Values = dict[str, float]
 """Dotted key → number."""
 _SECTIONS = ("train", "scaling")
+ALLOWED = 1e9
+"""Scores below it are of trials above all floors."""
 _NOT_SEARCHED = (
     *("train.steps", "train.minutes", "train.validate_every", "train.validation_cells"),
     *("train.checkpoint_every", "train.log_every", "train.workers", "train.threads"),
@@ -30,6 +32,11 @@ _SCORED = {
 }
 """Metric → what `score.embeddings` must name for it."""
 _LOSSES = ("validation/L_MSE", "validation/below_mean_image")
+_MORE_IS_BETTER = (
+    "validation/mean_r",
+    "validation/share_above_half",
+    "validation/below_mean_image",
+)
 _SCALED_BY_GAMMA = ("train/L_generator",)
 _GAMMA = "train.gamma."
 
@@ -102,11 +109,7 @@ def check_search(config: Config) -> None:
     settings = config.tune
     for key, found in settings.space.items():
         where = f"tune.space.{key}"
-        if key.split(".")[0] not in _SECTIONS or key in _NOT_SEARCHED:
-            raise ConfigError(
-                f"{where}: expected a number below {' or '.join(_SECTIONS)} that shapes the "
-                "weights; how long and on which cells trials are judged is the same for all"
-            )
+        _check_key(where, key)
         is_whole(config, key, found)
         if found.zero:
             with_values(config, {key: 0})
@@ -123,7 +126,23 @@ def check_search(config: Config) -> None:
             with_values(config, values)
         except ConfigError as error:
             raise ConfigError(f"tune.references.{name}: {error}") from error
+        for key in values:
+            _check_key(f"tune.references.{name}.{key}", key)
+    size = settings.trials // settings.generations
+    if settings.search == "population" and size < 2:
+        raise ConfigError(
+            f"tune.trials = {settings.trials} in {settings.generations} generations is no "
+            f"population; expected at least {2 * settings.generations}"
+        )
     _check_objective(config)
+
+
+def _check_key(where: str, key: str) -> None:
+    if key.split(".", maxsplit=1)[0] not in _SECTIONS or key in _NOT_SEARCHED:
+        raise ConfigError(
+            f"{where}: expected a number below {' or '.join(_SECTIONS)} that shapes the "
+            "weights; how long and on which cells trials are judged is the same for all"
+        )
 
 
 def _check_objective(config: Config) -> None:
@@ -145,6 +164,18 @@ def _check_objective(config: Config) -> None:
             raise ConfigError(
                 f"tune.objective: {metric} is only measured with score.embeddings=[{space}]"
             )
+        if metric.startswith("train/") and config.train.log_every > config.train.validate_every:
+            raise ConfigError(
+                f"tune.objective: {metric} is logged every {config.train.log_every} steps "
+                f"(train.log_every), and trials are judged every {config.train.validate_every} "
+                "(train.validate_every); log as often as that"
+            )
+    better = "max" if wanted.metric in _MORE_IS_BETTER else "min"
+    if wanted.metric.startswith("validation/") and wanted.goal != better:
+        raise ConfigError(
+            f"tune.objective.goal = {wanted.goal!r} looks for the worst {wanted.metric}; set goal: "
+            f"{better}"
+        )
     if config.train.minutes is not None:
         raise ConfigError(
             "train.minutes: trials are compared after equal steps; set train.steps instead"
@@ -179,13 +210,13 @@ def score_of(metrics: Mapping[str, float], config: Config) -> float:
     if not math.isfinite(value) or not math.isfinite(short):
         return 1e12
     if short > 0:
-        return 1e9 * (1 + short)
+        return ALLOWED * (1 + short)
     return value if wanted.goal == "min" else -value
 
 
 def is_allowed(score: float) -> bool:
     """Tell whether a score is of a trial above all floors."""
-    return score < 1e9
+    return score < ALLOWED
 
 
 def _find(data: dict[str, Any], key: str) -> tuple[Any, Any]:

@@ -144,11 +144,39 @@ def test_a_lead_within_the_spread_of_the_seeds_is_called_that(tmp_path, cells, j
     assert "no more than twice" in found.text or winner in REFERENCES
 
 
-def test_a_search_of_which_nothing_meets_the_floor_says_so(tmp_path, cells, judged):
+def test_a_search_of_which_nothing_meets_the_floor_says_so_and_registers_nothing(
+    tmp_path, cells, judged, monkeypatch
+):
     judged(lambda trial: 2e9)
+    monkeypatch.setattr(tuning, "_register", lambda *_: pytest.fail("registered"))
     text = tune(search(tmp_path, cells)).text
-    assert "below a floor" in text
+    assert "| 2 of 2 below a floor |" in text
     assert "No settings met the floors" in text
+
+
+def test_one_seed_below_the_floor_is_below_the_floor(tmp_path, cells, judged):
+    def judge(trial):
+        falls = trial.kind == "final" and trial.name != "gamma-0" and trial.seed == 2
+        return 1.01e9 if falls else best_at(0.1)(trial)
+
+    judged(judge)
+    found = tune(search(tmp_path, cells))
+    rows = found.finalists.set_index("name")
+    assert found.finalists["name"].iloc[0] == "gamma-0"
+    assert rows.loc["gamma-1", "below"] == 1
+    assert rows.loc["gamma-1", "mean"] == pytest.approx(1.01e9)
+    assert "| gamma-1 | 1 of 2 below a floor | — | 2 |" in found.text
+    assert "e+0" not in found.text
+
+
+@pytest.mark.parametrize("changed", [{"validation_cells": 40}, {"validate_every": 20}])
+def test_a_search_is_not_gone_on_with_on_other_cells_or_steps(tmp_path, cells, judged, changed):
+    judged(best_at(1))
+    config = search(tmp_path, cells)
+    tune(config)
+    train = config.train.model_copy(update=changed)
+    with pytest.raises(TuningError, match="other settings or data"):
+        tune(config.model_copy(update={"train": train}))
 
 
 @pytest.mark.parametrize("kind", ["optuna", "random", "population"])

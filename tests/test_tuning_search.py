@@ -83,6 +83,18 @@ def test_whole_numbers_are_known_from_the_config_itself():
         ({"train": {"minutes": 3}}, "equal steps"),
         ({"train": {"validate_every": 500}}, "at its end only"),
         ({"references": {"odd": {"train.gamma.9": 1}}}, r"references\.odd: train\.gamma\.9"),
+        (
+            {"references": {"odd": {"score.cells": 70}}},
+            r"references\.odd\.score\.cells: .*same",
+        ),
+        ({"references": {"odd": {"train.steps": 5}}}, r"references\.odd\.train\.steps: .*same"),
+        ({"objective": {"metric": "validation/mean_r"}}, "looks for the worst validation/mean_r"),
+        (
+            {"objective": {"goal": "max"}},
+            "worst validation/frechet_cp; set goal: min",
+        ),
+        ({"objective": {"metric": "train/L_MSE"}, "train": {"validate_every": 10}}, "log_every"),
+        ({"search": "population", "trials": 7}, "expected at least 8"),
         ({"space": {"train.stochastic.pixel": {"low": 0.1, "high": 1}}}, "not a setting of"),
     ],
 )
