@@ -1,6 +1,7 @@
 """Several systems and seeds: train, generate and evaluate each, one table. Above the steps."""
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
@@ -107,7 +108,7 @@ def compare(config: Config) -> Comparison:
         write_bytes(join(out, "table", "comparison.md"), text.encode())
         save(_picture(config, runs, reports), join(out, "table", "comparison.png"))
         recorder.folder(join(out, "table"), "comparison")
-        names = table["system"] + "/" + table["metric"].str.replace("[,>]", "", regex=True)
+        names = table["system"] + "/" + table["metric"].map(_metric_name)
         recorder.metrics(dict(zip(names, table["mean"], strict=True)))
     return Comparison(out, table, text)
 
@@ -240,6 +241,11 @@ def _metrics(reports: Iterable[Mapping[str, Any]]) -> Iterator[Metric]:
         )
     if any("copies" in report for report in reports):
         yield Metric("distance to training cells", ("copies", "generated_over_real"))
+
+
+def _metric_name(heading: str) -> str:
+    """Return a heading as MLflow takes it: letters, digits, spaces and ``_-.:/``."""
+    return re.sub(r"[^\w .:/-]", "", heading.replace("N → ∞", "limit"))
 
 
 def _value(report: Mapping[str, Any], path: tuple[str, ...]) -> float:

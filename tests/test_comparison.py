@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cp2image import comparison
-from cp2image.comparison import derive, tabulate, to_markdown
+from cp2image.comparison import _metric_name, derive, tabulate, to_markdown
 from cp2image.config import Config
 from cp2image.errors import ConfigError
 
@@ -196,6 +196,17 @@ def test_table_has_mean_spread_floor_and_excess():
     assert "| sees | features | features | |" in text.splitlines()[2]
     assert "over 2 seeds; 1,000 cells of 20 wells on 2 plates" in text
     assert "paper: 60 minutes" in text
+
+
+def test_mlflow_takes_every_heading_and_no_two_become_one():
+    from mlflow.utils.validation import _validate_metric_name
+
+    table = tabulate({("paper", 0): report(70, 0.2)}, ["paper"])
+    names = [_metric_name(heading) for heading in table["metric"]]
+    for name in names:
+        _validate_metric_name(f"paper/{name}")
+    assert len(set(names)) == len(set(table["metric"]))
+    assert "Fréchet cp limit" in names
 
 
 def test_a_system_without_nuclei_leaves_its_cells_of_the_table_empty():
