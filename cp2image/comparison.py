@@ -21,6 +21,7 @@ from cp2image.errors import ConfigError
 from cp2image.evaluation import evaluate
 from cp2image.evaluation_sets import patches_of
 from cp2image.figures.canvas import save
+from cp2image.figures.explorations import format_number
 from cp2image.figures.patches import figure_rows
 from cp2image.generation import generate
 from cp2image.storage import exists, join, read_bytes, write_bytes
@@ -359,7 +360,8 @@ def _other_cells(reports: Mapping[tuple[str, int], Mapping[str, Any]]) -> list[s
 def _cell(mean: float, sd: float = float("nan")) -> str:
     if np.isnan(mean):
         return "—"
-    return f"{mean:.3g}" if np.isnan(sd) else f"{mean:.3g} ± {sd:.2g}"
+    shown = format_number(mean)
+    return shown if np.isnan(sd) else f"{shown} ± {format_number(float(f'{sd:.2g}'))}"
 
 
 def _picture(
