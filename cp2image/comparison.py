@@ -21,8 +21,8 @@ from cp2image.errors import ConfigError
 from cp2image.evaluation import evaluate
 from cp2image.evaluation_sets import patches_of
 from cp2image.figures.canvas import save
-from cp2image.figures.explorations import format_number
 from cp2image.figures.patches import figure_rows
+from cp2image.figures.words import format_number
 from cp2image.generation import generate
 from cp2image.storage import exists, join, read_bytes, write_bytes
 from cp2image.tracking import record, tracking_uri

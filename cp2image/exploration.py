@@ -17,7 +17,7 @@ from cp2image.exploration_cells import ExploredCells, gather
 from cp2image.exploration_groups import draw_atlas, groups_of, plates_of, represent
 from cp2image.exploration_knobs import all_knobs, chosen_knobs, turn_all, turn_some
 from cp2image.exploration_paths import doses_of, follow_doses, targets_of, travel
-from cp2image.figures.explorations import course
+from cp2image.figures.words import course
 from cp2image.storage import join
 from cp2image.tracking import record, tracking_uri
 

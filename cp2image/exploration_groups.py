@@ -11,11 +11,11 @@ from cp2image.config import Config
 from cp2image.errors import EvaluationError
 from cp2image.exploration_album import Album, file_name, join_parts
 from cp2image.exploration_cells import AXES, MOST, ExploredCells, group_names
-from cp2image.figures.canvas import shorten
-from cp2image.figures.explorations import count, representatives_figure
+from cp2image.figures.explorations import representatives_figure
 from cp2image.figures.maps import treatment_map
 from cp2image.figures.plates import plate_overview
 from cp2image.figures.sheets import stain_legend
+from cp2image.figures.words import count, shorten
 from cp2image.metrics.phenotypes.paths import PrincipalAxes
 from cp2image.metrics.phenotypes.representatives import cluster, prototypes
 

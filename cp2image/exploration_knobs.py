@@ -21,8 +21,9 @@ from cp2image.exploration_responses import (
     respond,
     response_rows,
 )
-from cp2image.figures.explorations import count, manipulation_figure
+from cp2image.figures.explorations import manipulation_figure
 from cp2image.figures.sheets import FAR, ODD
+from cp2image.figures.words import count
 from cp2image.metrics.phenotypes.response import Response
 
 _SOME, _ALL = "explore.manipulate", "explore.responses"

@@ -11,12 +11,8 @@ from cp2image.config import Config
 from cp2image.errors import EvaluationError
 from cp2image.exploration_album import Album, file_name, join_parts
 from cp2image.exploration_cells import AXES, MOST, ExploredCells
-from cp2image.figures.explorations import (
-    concentration_figure,
-    count,
-    format_number,
-    trajectory_figure,
-)
+from cp2image.figures.explorations import concentration_figure, trajectory_figure
+from cp2image.figures.words import count, format_number
 from cp2image.metrics.phenotypes.paths import (
     PrincipalAxes,
     line,
@@ -154,7 +150,7 @@ def follow_doses(config: Config, explored: ExploredCells, album: Album) -> dict[
                 real[name] = patches
         positions = {name: position_on_line(x, start, end) for name, x in points.items()}
         between = _between(explored, groups, positions, shares)
-        if not between:
+        if not between and len(groups) > 2:
             album.notes.append(
                 f"{compound}: its doses do not lie in order along the line, so no concentrations "
                 "are given between them"

@@ -8,8 +8,8 @@ import pandas as pd
 from cp2image.config import Config
 from cp2image.errors import TuningError
 from cp2image.figures.canvas import save
-from cp2image.figures.explorations import format_number
 from cp2image.figures.search import numbers_against_objective, parallel_coordinates
+from cp2image.figures.words import format_number
 from cp2image.storage import join
 from cp2image.tuning_runs import Sweep
 from cp2image.tuning_space import ALLOWED, Values, filled, is_allowed, with_values

@@ -6,7 +6,6 @@ draw at the same time.
 """
 
 import io
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -64,20 +63,6 @@ def legend(figure: Figure, colours: Mapping[str, Any], columns: int | None = Non
         handlelength=0.9,
         handleheight=0.9,
     )
-
-
-def signed(text: str) -> str:
-    """Write the hyphens before digits as minus signs."""
-    return re.sub(r"(?<![\w.])-(?=\d)|(?<=e)-(?=\d)", "−", text)
-
-
-def shorten(text: str, length: int) -> str:
-    """Cut a text, but not the numbers and units at its end: two doses stay two names."""
-    if len(text) <= length:
-        return text
-    dose = re.search(r"(?: [\d.,e+−-]+(?: ?[^\s\d]{1,4})?)$", text)
-    tail = dose.group() if dose else ""
-    return text[: max(1, length - 1 - len(tail))].rstrip() + "…" + tail
 
 
 def save(figure: Figure, uri: str) -> str:

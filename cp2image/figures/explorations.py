@@ -7,18 +7,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
-from cp2image.figures.canvas import (
-    ACCENT,
-    CONTRAST,
-    INK,
-    MUTED,
-    PALETTE,
-    SMALL,
-    blank,
-    quiet,
-    signed,
-)
+from cp2image.figures.canvas import ACCENT, CONTRAST, INK, MUTED, PALETTE, SMALL, blank, quiet
 from cp2image.figures.sheets import INCH, Look, draw_sheet, sheet_height, stain_legend
+from cp2image.figures.words import course, format_number, signed
 
 Patches = NDArray[np.uint8]
 
@@ -63,8 +54,6 @@ _MODES = {
     "conditional": "the others moved along (conditional mean)",
     "single": "all others fixed",
 }
-_FLAT = 0.1
-"""Slope up to which a mean hardly moves, though it may rise with every step."""
 _COLOURS = {"conditional": ACCENT, "single": CONTRAST}
 
 
@@ -146,15 +135,6 @@ def _course(found: Response, same_scale: bool) -> str:
         return "too few values"
     rank = f"Spearman {found.spearman:.2f}, "
     return signed(rank + course(found.slope, found.rises, found.directed, same_scale))
-
-
-def course(slope: float, rises: bool, directed: bool, same_scale: bool) -> str:
-    """Say in a few words how the mean of what was measured goes with what was requested."""
-    if not directed:
-        return "no mean: single cells, whose angles have no common direction or are too few"
-    if same_scale and abs(slope) < _FLAT:
-        return f"slope {slope:.2f}: hardly moves"
-    return f"slope {slope:.2f}, {'rises' if rises else 'does not rise'} with every step"
 
 
 _TAKEN = "features taken over from the target, the most different first"
@@ -336,15 +316,3 @@ def representatives_figure(
     figure.suptitle(title, fontsize=SMALL + 3, color=INK)
     stain_legend(figure, look, np.concatenate([np.ravel(part) for part in outside.values()]))
     return figure
-
-
-def format_number(value: float) -> str:
-    """Write a value short: three significant digits, no exponent where it can be helped."""
-    if value == 0 or 0.001 <= abs(value) < 1e6:
-        return signed(f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}")
-    return signed(f"{value:.2e}")
-
-
-def count(number: int, what: str) -> str:
-    """Write a number of things: ``1 cell``, ``2,000 cells``."""
-    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"

@@ -9,19 +9,9 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
 from cp2image.errors import PatchError
-from cp2image.figures.canvas import (
-    CONTRAST,
-    INK,
-    MUTED,
-    PALETTE,
-    SMALL,
-    TEXT,
-    blank,
-    legend,
-    shorten,
-    signed,
-)
+from cp2image.figures.canvas import CONTRAST, INK, MUTED, PALETTE, SMALL, TEXT, blank, legend
 from cp2image.figures.sheets import OUTSIDE, Look, stain_legend
+from cp2image.figures.words import shorten, signed
 
 _SIDE, _HIGH, _CELL = 9.0, 6.48, 0.62
 """Inches: of the map, of a cell on it."""

@@ -10,7 +10,8 @@ from matplotlib.patches import Rectangle
 from numpy.typing import ArrayLike, NDArray
 
 from cp2image.errors import PatchError
-from cp2image.figures.canvas import INK, SMALL, TEXT, blank, legend, shorten
+from cp2image.figures.canvas import INK, SMALL, TEXT, blank, legend
+from cp2image.figures.words import shorten
 
 Colour = tuple[float, float, float]
 STAINS: tuple[tuple[str, Colour], ...] = (

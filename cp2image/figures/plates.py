@@ -10,7 +10,8 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from cp2image.errors import DatasetError, PatchError
-from cp2image.figures.canvas import FAINT, INK, MUTED, PALETTE, SMALL, TEXT, blank, legend, shorten
+from cp2image.figures.canvas import FAINT, INK, MUTED, PALETTE, SMALL, TEXT, blank, legend
+from cp2image.figures.words import shorten
 
 FORMATS = ((2, 3), (4, 6), (8, 12), (16, 24), (32, 48))
 """Rows and columns of 6-, 24-, 96-, 384- and 1536-well plates."""

@@ -7,12 +7,9 @@ import numpy as np
 import pytest
 
 from cp2image.errors import PatchError
-from cp2image.figures.canvas import blank, shorten, signed
+from cp2image.figures.canvas import blank
 from cp2image.figures.explorations import (
     concentration_figure,
-    count,
-    course,
-    format_number,
     manipulation_figure,
     representatives_figure,
     trajectory_figure,
@@ -20,6 +17,7 @@ from cp2image.figures.explorations import (
 from cp2image.figures.maps import spread_apart, treatment_map
 from cp2image.figures.patches import contrast_limits
 from cp2image.figures.sheets import CONTRADICTS, FAR, ODD, OUTSIDE, Look, draw_sheet
+from cp2image.figures.words import count, course, format_number, shorten, signed
 
 CHANNELS = ("DNA", "Actin", "Tubulin")
 SIZE = 16
