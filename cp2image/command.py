@@ -51,7 +51,7 @@ def run_job(
         Arguments; None for the process's own.
     reads, writes
         Dotted keys of the config that say where; ``--dry-run`` prints them below the config, and
-        whether there is something.
+        whether there is something. ``*`` in one stands for each key of a dict.
     plates_of
         Section of the config whose ``plates`` may be chosen by ``--plates``.
 
@@ -127,14 +127,23 @@ def _places(config: Config, reads: Sequence[str], writes: Sequence[str]) -> Iter
     """Say, as comments below the YAML, what would be read and written."""
     for verb, keys in (("reads", reads), ("writes", writes)):
         for key in keys:
-            value: Any = config
-            for name in key.split("."):
-                value = None if value is None else getattr(value, name)
-            value = list(value.values()) if isinstance(value, dict) else value
-            for one in value if isinstance(value, list) else [value]:
-                place = getattr(one, "uri", one)
-                if place:
-                    yield f"# {verb} {key}: {place} ({_state(place, verb)})"
+            for name, value in _values(config, key.split(".")):
+                several = list(value.values()) if isinstance(value, dict) else value
+                for one in several if isinstance(several, list) else [several]:
+                    place = getattr(one, "uri", one)
+                    if place:
+                        yield f"# {verb} {name}: {place} ({_state(place, verb)})"
+
+
+def _values(node: Any, names: Sequence[str], seen: str = "") -> Iterator[tuple[str, Any]]:
+    """Find the values of a dotted key, with its full name; ``*`` stands for each key of a dict."""
+    if not names or node is None:
+        yield seen, node
+        return
+    name, *rest = names
+    inside = node if isinstance(node, dict) else {name: getattr(node, name, None)}
+    for key in inside if name == "*" else [name]:
+        yield from _values(inside.get(key), rest, f"{seen}.{key}".removeprefix("."))
 
 
 def _state(place: str, verb: str) -> str:

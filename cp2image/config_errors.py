@@ -30,7 +30,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _sentence(problem: ErrorDetails, model: type[BaseModel]) -> str:
-    path = ".".join(str(part) for part in problem["loc"])
+    path = ".".join(str(part) for part in problem["loc"] if part != "[key]")
     kind, message, found = problem["type"], problem["msg"], problem["input"]
     if kind == "extra_forbidden":
         key = str(problem["loc"][-1])

@@ -1,8 +1,9 @@
 """Config of what comes after training: generate, evaluate, compare. Ground floor."""
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from cp2image.config_section import Count, Positive, Section
 
@@ -59,15 +60,38 @@ class Evaluate(Section):
     """The generator for the shuffle control; empty: the run's own."""
 
 
-_System = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
+def _system_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name):
+        raise ValueError(
+            f"a system's name is the name of its folder: letters, digits and . _ + -, the first "
+            f"one a letter or digit; found {name!r}"
+        )
+    return name
+
+
+def _system(value: Any) -> Any:
+    if not isinstance(value, dict):
+        raise ValueError(
+            "expected the sections in which the system differs, as {train: {preset: paper}}; "
+            "{} for none"
+        )
+    given = value.get("checkpoints", [])
+    if not isinstance(given, list) or not all(isinstance(one, str) and one for one in given):
+        raise ValueError(
+            "checkpoints: expected a list with a folder, models:/… or runs:/… for each of "
+            f"compare.seeds, found {given!r}"
+        )
+    return value
+
+
+_SystemName = Annotated[str, AfterValidator(_system_name)]
+_System = Annotated[dict[str, Any], BeforeValidator(_system)]
 
 
 class Compare(Section):
     """Several systems trained on the same cells and scored on the same held-out ones."""
 
-    systems: dict[
-        Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")], dict[str, Any]
-    ] = {}
+    systems: dict[_SystemName, _System] = {}
     """Name → sections with the settings in which it differs, as ``{train: {preset: paper}}``; or
     ``{trained_as: OTHER}``, drawn differently; or ``{checkpoints: [folder, runs:/…, …]}``, one for
     each seed, which are scored as they are."""

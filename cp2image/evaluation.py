@@ -24,7 +24,7 @@ from cp2image.dataset import CellDataset, open_dataset
 from cp2image.errors import EvaluationError
 from cp2image.evaluation_distances import describe_beside
 from cp2image.evaluation_scores import Copies, score_sets
-from cp2image.evaluation_sets import EvaluationSet, gather_cells, patches_of
+from cp2image.evaluation_sets import EvaluationSet, check_weights, gather_cells, patches_of
 from cp2image.figures.canvas import save
 from cp2image.figures.confusion import confusion_matrix
 from cp2image.figures.curves import best_features, correlation_boxes, correlation_curve
@@ -127,25 +127,27 @@ def evaluate(config: Config, watch: Stopwatch | None = None) -> Report:
     DatasetError, CheckpointError
         If an input is missing.
     EvaluationError
-        If the sets share no cells, or are too small for an embedding.
+        If the sets share no cells, are too small for an embedding, or its weights are not there
+        or another network's. Nothing has been started then.
     """
     settings = config.evaluate
     watch = watch or Stopwatch()
     with watch.part("loading the model"):
         real, generated = open_dataset(settings.real), open_dataset(settings.generated)
         model = load_model(settings.checkpoint, store=tracking_uri(config))
+        check_weights(config)
     if generated.patch_format.channels != real.patch_format.channels:
         raise EvaluationError(
             f"{settings.generated} has channels {generated.patch_format.channels}, "
             f"{settings.real} has {real.patch_format.channels}; compare like with like"
         )
+    with watch.part("pairing"):
+        pairs = _pair(real, generated, model, settings)
+    _refuse_few(len(pairs), settings)
+    print(f"evaluate: {len(pairs):,} cells in both sets", flush=True)
     with watch.part("joining Ray"):
         join_cluster(config.cluster)
     with watch.part("recording in MLflow"), record(config, "evaluate") as recorder:
-        with watch.part("pairing"):
-            pairs = _pair(real, generated, model, settings)
-        _refuse_few(len(pairs), settings)
-        print(f"evaluate: {len(pairs):,} cells in both sets", flush=True)
         with watch.part("moving"):
             looks = any(name != "cp" for name in settings.embeddings)
             limit = settings.training_cells if looks else 0
@@ -198,12 +200,18 @@ def _pair(
 
 
 def _refuse_few(cells: int, settings: Evaluate) -> None:
-    """Refuse Inception's 2,048 dimensions for fewer cells, before anything is embedded."""
-    if "inception" in settings.embeddings and cells <= DIMENSION and not settings.allow_singular:
+    """Refuse Inception's 2,048 dimensions where a half of the cells has no full covariance.
+
+    The floor, real against real, is taken on halves.
+    """
+    fewest = 2 * (DIMENSION + 1)
+    if "inception" in settings.embeddings and cells < fewest and not settings.allow_singular:
         raise EvaluationError(
-            f"{cells:,} cells for the {DIMENSION:,} dimensions of Inception: the covariance is "
-            "singular and FID mostly tells the sample size; score more cells, leave 'inception' "
-            "out of evaluate.embeddings, or ask for it all the same (evaluate.allow_singular=true)"
+            f"{cells:,} cells for the {DIMENSION:,} dimensions of Inception: the covariance of "
+            "their halves, which the real-against-real floor compares, is singular and FID mostly "
+            f"tells the sample size; score {fewest:,} or more (evaluate.cells, evaluate.split), "
+            "leave 'inception' out of evaluate.embeddings, or ask for it all the same "
+            "(evaluate.allow_singular=true)"
         )
 
 

@@ -47,6 +47,8 @@ def compare_sets(
     -------
     dict
         Numbers for the report. Intervals are over wells; ``limit`` is for endlessly many cells.
+        ``singular``: a half has no more cells than dimensions, so its Fréchet distances mostly
+        tell the sample size.
     """
     order = np.random.default_rng(0).permutation(len(real))
     first, second = order[0::2], order[1::2]
@@ -105,7 +107,7 @@ def _over_wells(
 
 def describe_beside(found: dict[str, Any]) -> str:
     """Say what else the report has of a distance."""
-    text = ""
+    text = "; singular: mostly the sample size" if found.get("singular") else ""
     if "frechet_interval_95_by_well" in found:
         low, high = found["frechet_interval_95_by_well"]
         text += f"; 95 % over wells: {low:.3g} to {high:.3g}"

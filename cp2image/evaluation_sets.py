@@ -26,7 +26,7 @@ from cp2image.data.schema import (
     decode_patches,
 )
 from cp2image.dataset import CellDataset, CellRange, read_range
-from cp2image.errors import DatasetError
+from cp2image.errors import DatasetError, EvaluationError, StorageError
 from cp2image.metrics.embedding import FilterBank, InceptionEmbedding, quantise
 from cp2image.metrics.measurement import measure
 from cp2image.models.presets import sees
@@ -284,6 +284,29 @@ def _embeddings(config: Config, channels: int) -> dict[str, Any]:
         seen = (0, 1, 2) if channels >= 3 else (0, 0, 0)
         found["inception"] = InceptionEmbedding(settings.inception_weights or "", seen)
     return found
+
+
+def check_weights(config: Config) -> None:
+    """Load the weights that the embeddings ask for once, before any worker does.
+
+    Raises
+    ------
+    EvaluationError
+        If Inception is asked for and its weights are not named, not there or another network's.
+    """
+    settings = config.evaluate
+    if "inception" not in settings.embeddings:
+        return
+    if not settings.inception_weights:
+        raise EvaluationError(
+            "evaluate.embeddings asks for 'inception', and evaluate.inception_weights is not set; "
+            "give the path or URI of FID's published weights (pt_inception-2015-12-05, a state "
+            "dict), or leave 'inception' out"
+        )
+    try:
+        InceptionEmbedding(settings.inception_weights)
+    except (EvaluationError, StorageError) as error:
+        raise EvaluationError(f"evaluate.inception_weights: {error}") from error
 
 
 @dataclass(frozen=True)

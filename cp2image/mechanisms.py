@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from cp2image.columns import COMPOUND, MOA, PLATE, WELL, measurements, require_columns
 from cp2image.config import Config
@@ -115,7 +116,8 @@ def match_mechanisms(config: Config) -> Mechanisms:
         "factors": f"expected {settings.factors} factors, fitted on the controls, of 'sd'",
     }
     kept = scaled["sd"]
-    scaled["factors"] = Factors.fit(kept[control], settings.factors).expected(kept)
+    with threadpool_limits(1, user_api="blas"):  # small decompositions: threads wait
+        scaled["factors"] = Factors.fit(kept[control], settings.factors).expected(kept)
     for kind, vectors in scaled.items():
         known = treatment_profiles(vectors, wells, control)
         batches = [{batch_of(plate, settings.batch) for plate in own} for own in known.plates]

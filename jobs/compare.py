@@ -8,4 +8,5 @@ from cp2image.command import run_job
 from cp2image.comparison import compare
 
 if __name__ == "__main__":
-    raise SystemExit(run_job(__doc__, compare, reads=["train.input"], writes=["compare.output"]))
+    reads = ["train.input", "compare.systems.*.checkpoints", "evaluate.inception_weights"]
+    raise SystemExit(run_job(__doc__, compare, reads=reads, writes=["compare.output"]))

@@ -2,11 +2,16 @@ import json
 
 import numpy as np
 import pytest
+import yaml
 
 from cp2image import comparison
-from cp2image.comparison import _metric_name, derive, tabulate, to_markdown
+from cp2image.command import run_job
+from cp2image.comparison import _metric_name, derive
+from cp2image.comparison_table import tabulate, to_markdown
 from cp2image.config import Config
-from cp2image.errors import ConfigError
+from cp2image.config_reading import read_config
+from cp2image.dataset import Manifest, Part
+from cp2image.errors import CheckpointError, ConfigError, EvaluationError
 
 SYSTEMS = {
     "paper": {"train": {"learning_rate": 0.003}},
@@ -144,15 +149,67 @@ def test_given_checkpoints_are_scored_without_training(tmp_path, monkeypatch):
     assert first.evaluate.draws == 2
     assert first.train.output not in given
     trained = []
+    loaded = []
+    monkeypatch.setattr(comparison, "load_model", lambda uri, **_: loaded.append(uri))
     monkeypatch.setattr(comparison, "_run", lambda one, trains: trained.append(trains) or {})
     with pytest.raises(KeyError, match="distances"):  # tabulation of the empty reports
         comparison.compare(whole)
     assert trained == [False, False]
+    assert loaded == given
+
+
+def test_a_given_checkpoint_that_is_not_there_is_refused_before_anything_runs(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(comparison, "_run", lambda *_, **__: pytest.fail("a run was begun"))
+    given = {"mine": {"checkpoints": [str(tmp_path / "nowhere")] * 2}}
+    with pytest.raises(CheckpointError, match="nowhere"):
+        comparison.compare(config(tmp_path, systems=SYSTEMS | given))
+
+
+def test_inception_weights_that_are_not_there_are_refused_before_anything_runs(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(comparison, "_run", lambda *_, **__: pytest.fail("a run was begun"))
+    evaluate = {"embeddings": ["cp", "inception"], "inception_weights": str(tmp_path / "no.pth")}
+    systems = SYSTEMS | {"new": SYSTEMS["new"] | {"evaluate": evaluate}}
+    with pytest.raises(EvaluationError, match=r"evaluate\.inception_weights: .*no\.pth"):
+        comparison.compare(config(tmp_path, systems=systems))
 
 
 @pytest.mark.parametrize(
-    "more", [{"checkpoints": ["one"]}, {"checkpoints": "one"}, {"train": {"steps": 3}}]
+    ("systems", "message"),
+    [
+        ({"foo": None}, r"systems\.foo = null: expected the sections"),
+        ({"../up": {}}, r"systems\.\.\./up = .*: a system's name is the name of its folder"),
+        ({"mine": {"checkpoints": "one"}}, r"systems\.mine: checkpoints: expected a list"),
+        ({"mine": {"checkpoints": [3, 4]}}, r"systems\.mine: checkpoints: expected a list"),
+    ],
 )
+def test_systems_that_are_no_systems_are_refused_in_words(systems, message, tmp_path):
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"compare": {"systems": systems}}))
+    with pytest.raises(ConfigError, match=message):
+        read_config(str(tmp_path / "c.yaml"))
+
+
+def test_a_dry_run_shows_given_checkpoints(tmp_path, capsys):
+    (tmp_path / "there").mkdir()
+    given = [str(tmp_path / "there"), str(tmp_path / "gone"), "runs:/abc/model"]
+    systems = {"paper": {}, "mine": {"checkpoints": given}}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"compare": {"systems": systems}}))
+    argv = ["--dry-run", "--config", str(tmp_path / "c.yaml")]
+    reads = ["compare.systems.*.checkpoints"]
+    assert run_job("Compare.", lambda _: pytest.fail("ran"), argv, reads=reads) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("#")]
+    key = "# reads compare.systems.mine.checkpoints:"
+    assert told == [
+        f"{key} {tmp_path}/there (found)",
+        f"{key} {tmp_path}/gone (not there)",
+        f"{key} runs:/abc/model (of MLflow)",
+    ]
+
+
+@pytest.mark.parametrize("more", [{"checkpoints": ["one"]}, {"train": {"steps": 3}}])
 def test_given_checkpoints_are_one_for_each_seed_and_bring_their_training(tmp_path, more):
     mine = {"checkpoints": ["one", "two"]} | more
     with pytest.raises(ConfigError, match=r"mine: checkpoints names one .*seeds \(2\)"):
@@ -221,7 +278,25 @@ def test_a_system_without_nuclei_leaves_its_cells_of_the_table_empty():
     assert "| NSC ↑ | — | 0.5 | 0.75 |" in text
 
 
-def test_a_finished_evaluation_is_not_repeated_unless_weights_or_settings_changed(
+def test_a_table_of_checkpoints_from_elsewhere_says_what_is_not_known():
+    mine = report(5, 0.6)
+    mine["training"] = {"steps": 10, "preset": "paper", "seconds": None, "cells_seen": None}
+    reports = {("mine", 0): mine, ("mine", 1): mine | {"training": {"preset": "paper"}}}
+    text = to_markdown(tabulate(reports, ["mine"]), reports)
+    assert "Training: mine: time not recorded, cells seen not recorded, steps not recorded." in text
+
+
+def test_a_table_says_when_a_covariance_is_singular():
+    few = report(5, 0.6)
+    few["distances"]["cp"]["singular"] = True
+    reports = {("paper", 0): report(70, 0.2), ("new", 0): few}
+    text = to_markdown(tabulate(reports, ["paper", "new"]), reports)
+    assert "**cp: no more cells in a half than dimensions**" in text
+    del reports["new", 0]
+    assert "no more cells" not in to_markdown(tabulate(reports, ["paper"]), reports)
+
+
+def test_a_finished_evaluation_is_not_repeated_unless_cells_weights_or_settings_changed(
     tmp_path, monkeypatch
 ):
     one = derive(config(tmp_path), "paper", 0)
@@ -243,6 +318,13 @@ def test_a_finished_evaluation_is_not_repeated_unless_weights_or_settings_change
     monkeypatch.setattr(comparison, "generate", lambda _: "generated")
     monkeypatch.setattr(comparison, "evaluate", evaluate)
     monkeypatch.setattr(comparison, "load_model", lambda *_, **__: Weights)
+    parts = {uri: (Part("a.parquet", 5, 1),) for uri in (one.evaluate.real, one.evaluate.generated)}
+
+    class Cells:
+        def __init__(self, uri):
+            self.manifests = {"P1": Manifest("P1", "settings", parts[uri])}
+
+    monkeypatch.setattr(comparison, "open_dataset", Cells)
     for _ in range(2):
         found = comparison._run(one)
     assert len(calls) == 1
@@ -253,3 +335,8 @@ def test_a_finished_evaluation_is_not_repeated_unless_weights_or_settings_change
     changed = one.model_copy(update={"evaluate": one.evaluate.model_copy(update={"cells": 7})})
     comparison._run(changed)
     assert len(calls) == 3
+    for number, uri in enumerate(parts, start=4):  # drawn or prepared anew
+        parts[uri] = (Part("b.parquet", 5, 1),)
+        comparison._run(changed)
+        comparison._run(changed)
+        assert len(calls) == number

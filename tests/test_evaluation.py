@@ -247,11 +247,52 @@ def test_distances_have_intervals_a_limit_and_the_scale_of_plates(report):
     assert abs(cp["limit"]) < cp["floor_half"]
 
 
+@pytest.fixture
+def untouched(monkeypatch):
+    """Nothing may be started: no Ray, no MLflow run, no worker."""
+    for name in ("gather_cells", "join_cluster", "record"):
+        monkeypatch.setattr(evaluation, name, lambda *_, **__: pytest.fail("started"))
+
+
+@pytest.mark.parametrize(("cells", "asked", "refused"), [
+    (2_049, False, True), (4_097, False, True), (4_098, False, False), (2_049, True, False),
+])  # fmt: skip
+def test_halves_need_more_cells_than_inceptions_dimensions(cells, asked, refused):
+    settings = Config.model_validate(
+        {"evaluate": {"embeddings": ["inception"], "allow_singular": asked}}
+    ).evaluate
+    if refused:
+        with pytest.raises(EvaluationError, match=r"2,048 dimensions.*score 4,098 or more"):
+            evaluation._refuse_few(cells, settings)
+    else:
+        evaluation._refuse_few(cells, settings)
+
+
+@pytest.mark.usefixtures("untouched")
 def test_fewer_cells_than_inceptions_dimensions_are_refused_before_any_work(
     folder, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(evaluation, "gather_cells", lambda *_, **__: pytest.fail("embedded"))
-    monkeypatch.setattr(evaluation, "join_cluster", lambda _: None)
+    monkeypatch.setattr(evaluation, "check_weights", lambda _: None)
     config = config_of(folder, tmp_path / "report", embeddings=["inception"])
     with pytest.raises(EvaluationError, match=r"120 cells for the 2,048.*allow_singular"):
         evaluate(config)
+
+
+@pytest.mark.usefixtures("untouched")
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (None, r"evaluate\.inception_weights is not set"),
+        ("nowhere.pth", r"evaluate\.inception_weights: .*nowhere\.pth"),
+        ("other.pth", r"evaluate\.inception_weights: .*other\.pth: not the FID .*566 missing"),
+        ("text.pth", r"evaluate\.inception_weights: .*text\.pth: neither safetensors nor"),
+    ],
+)
+def test_weights_of_another_network_are_refused_before_any_work(folder, tmp_path, weights, message):
+    torch.save({"layer.weight": torch.zeros(2)}, tmp_path / "other.pth")
+    (tmp_path / "text.pth").write_text("version https://git-lfs")
+    place = weights and str(tmp_path / weights)
+    chosen = {"embeddings": ["inception"], "inception_weights": place}
+    with pytest.raises(EvaluationError, match=message):
+        evaluate(config_of(folder, tmp_path / "report", **chosen))
+    assert not (tmp_path / "report").exists()

@@ -12,9 +12,7 @@ from cp2image.metrics.spoiling import WAYS
 from cp2image.preparation import prepare
 from cp2image.sanity import check_metrics, to_markdown
 
-SCREEN = SimulatedScreen(
-    plates=1, wells_per_plate=16, cells_per_site=25, field_size=352, defect_share=0.0
-)
+SCREEN = SimulatedScreen(plates=1, wells_per_plate=16, cells_per_site=25, field_size=352)
 CHANNELS = ("DNA", "Actin", "Tubulin")
 
 
@@ -50,6 +48,17 @@ def test_distances_rise_and_stay_as_they_should(found):
         for way in WAYS:
             expected = "stays" if way == "features shuffled" else "up"
             assert table.loc[(metric, way), "moved"] == expected, (metric, way)
+
+
+def test_density_falls_where_precision_is_misled_by_cells_far_from_all_others(found):
+    """A noise patch has a ball that reaches to everything: precision may stay, density falls."""
+    table = found.table.set_index(["metric", "way"])
+    for way in ("blur", "noise", "mean image", "channels swapped"):
+        for space in ("filterbank", "cp"):
+            row = table.loc[(f"density, {space}", way)]
+            assert (row["expected"], row["moved"]) == ("down", "down"), (space, way)
+            assert row["spoilt"] < 0.4 * row["real"], (space, way)
+    assert table.loc[("density, filterbank", "features shuffled"), "moved"] == "stays"
 
 
 def test_coverage_falls_and_correlation_tells_a_shuffle(found):

@@ -27,6 +27,32 @@ GOLDEN = [
 """Pool features of torch-fidelity 0.4.0's FID network for `made_up_weights` and `noise_images`."""
 
 
+_35 = "1x1 5x5_1 5x5_2 3x3dbl_1 3x3dbl_2 3x3dbl_3 _pool"
+_17 = "1x1 7x7_1 7x7_2 7x7_3 7x7dbl_1 7x7dbl_2 7x7dbl_3 7x7dbl_4 7x7dbl_5 _pool"
+_8 = "1x1 3x3_1 3x3_2a 3x3_2b 3x3dbl_1 3x3dbl_2 3x3dbl_3a 3x3dbl_3b _pool"
+BRANCHES = {
+    **{f"Mixed_5{letter}": _35 for letter in "bcd"},
+    "Mixed_6a": "3x3 3x3dbl_1 3x3dbl_2 3x3dbl_3",
+    **{f"Mixed_6{letter}": _17 for letter in "bcde"},
+    "Mixed_7a": "3x3_1 3x3_2 7x7x3_1 7x7x3_2 7x7x3_3 7x7x3_4",
+    **{f"Mixed_7{letter}": _8 for letter in "bc"},
+}
+"""The blocks of pt_inception-2015-12-05 and their branches."""
+
+
+def published_names():
+    """Return the 566 names of pt_inception-2015-12-05's state dict."""
+    stem = ["1a_3x3", "2a_3x3", "2b_3x3", "3b_1x1", "4a_3x3"]
+    layers = [f"Conv2d_{name}" for name in stem]
+    for block, branches in BRANCHES.items():
+        layers += [f"{block}.branch{name}" for name in branches.split()]
+    kept = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    names = {"fc.weight", "fc.bias"}
+    for layer in layers:
+        names |= {f"{layer}.conv.weight", *(f"{layer}.bn.{name}" for name in kept)}
+    return names
+
+
 def made_up_weights():
     """Every entry of the state dict from one stream of numbers, in the order of the names."""
     rng = np.random.default_rng(2015)
@@ -68,7 +94,8 @@ def test_inception_equals_torch_fidelity_on_the_same_weights(inception):
 def test_inception_has_the_published_names_shapes_and_parameters():
     network = InceptionV3()
     state = network.state_dict()
-    assert len(state) == 566
+    assert len(state) == len(published_names()) == 566
+    assert set(state) == published_names()
     assert sum(p.numel() for p in network.parameters()) == 23_834_568 + 8 * 2049
     assert tuple(state["Conv2d_1a_3x3.conv.weight"].shape) == (32, 3, 3, 3)
     assert tuple(state["Mixed_6c.branch7x7dbl_5.conv.weight"].shape) == (192, 160, 1, 7)
