@@ -38,6 +38,7 @@ def run_job(
     reads: Sequence[str] = (),
     writes: Sequence[str] = (),
     plates_of: str = "",
+    check: Callable[[Config], object] | None = None,
 ) -> int:
     """Parse the command line, run one step, print its result or one readable error.
 
@@ -54,6 +55,8 @@ def run_job(
         whether there is something. ``*`` in one stands for each key of a dict.
     plates_of
         Section of the config whose ``plates`` may be chosen by ``--plates``.
+    check
+        What ``--dry-run`` calls beside: it refuses what the step would, without reading anything.
 
     Returns
     -------
@@ -77,6 +80,8 @@ def run_job(
         with _signals_unwind():
             config = read_config(options.config, changes).anchor()
             if options.dry_run:
+                if check is not None:
+                    check(config)
                 print(config.yaml(), end="", flush=True)
                 for line in _places(config, reads, writes):
                     print(line, flush=True)

@@ -19,11 +19,12 @@ from cp2image.config import Config
 from cp2image.config_errors import explain
 from cp2image.dataset import open_dataset
 from cp2image.errors import ConfigError
-from cp2image.evaluation import evaluate
+from cp2image.evaluation import evaluate, refuse_few
 from cp2image.evaluation_sets import check_weights, patches_of
 from cp2image.figures.canvas import save
 from cp2image.figures.patches import figure_rows
-from cp2image.generation import generate
+from cp2image.generation import generate, require_features
+from cp2image.profiles import split_cells
 from cp2image.storage import exists, join, read_bytes, write_bytes
 from cp2image.tracking import record, tracking_uri
 from cp2image.training import train
@@ -74,15 +75,13 @@ def compare(config: Config) -> Comparison:
             "compare.systems names no system; give at least one, as "
             "systems: {paper: {train: {preset: paper}}}"
         )
-    runs = {
-        (name, seed): derive(config, name, seed)
-        for seed in settings.seeds
-        for name in settings.systems
-    }
+    runs = derive_all(config)
     for (name, _), one in runs.items():  # what would be refused hours later is refused now
         check_weights(one)
-        if _given(settings.systems[name]) is not None:
-            load_model(one.generate.checkpoint, store=tracking_uri(one))
+        if _given(settings.systems[name]) is None:
+            _refuse_few_held_out(one)
+        else:
+            _refuse_foreign(one)
     reports: dict[tuple[str, int], dict[str, Any]] = {}
     for number, ((name, seed), one) in enumerate(runs.items(), start=1):
         print(f"\ncompare [{number}/{len(runs)}] {name}, seed {seed}", flush=True)
@@ -98,6 +97,22 @@ def compare(config: Config) -> Comparison:
         names = table["system"] + "/" + table["metric"].map(_metric_name)
         recorder.metrics(dict(zip(names, table["mean"], strict=True)))
     return Comparison(out, table, text)
+
+
+def derive_all(config: Config) -> dict[tuple[str, int], Config]:
+    """Return the experiment of every (system, seed), see `derive`; nothing is read or written.
+
+    Raises
+    ------
+    ConfigError
+        If the settings of one are refused.
+    """
+    settings = config.compare
+    return {
+        (name, seed): derive(config, name, seed)
+        for seed in settings.seeds
+        for name in settings.systems
+    }
 
 
 def derive(config: Config, system: str, seed: int) -> Config:
@@ -192,10 +207,12 @@ def _run(config: Config, *, trains: bool = True) -> dict[str, Any]:
     print(generate(config), flush=True)
     model = load_model(config.generate.checkpoint, store=tracking_uri(config))
     mark = _mark(config, model)
-    if not (exists(done) and json.loads(read_bytes(done)) == mark):
+    content = read_bytes(place) if exists(place) and exists(done) else b""
+    if not content or json.loads(read_bytes(done)) != mark | {"report": _hash(content)}:
         print(evaluate(config), flush=True)
-        write_bytes(done, json.dumps(mark).encode())
-    report: dict[str, Any] = json.loads(read_bytes(place))
+        content = read_bytes(place)
+        write_bytes(done, json.dumps(mark | {"report": _hash(content)}).encode())
+    report: dict[str, Any] = json.loads(content)
     report["training"] = {"steps": model.card.steps, "preset": model.card.preset}
     report["training"] |= {k: model.card.notes.get(k) for k in ("seconds", "cells_seen")}
     return report
@@ -203,14 +220,47 @@ def _run(config: Config, *, trains: bool = True) -> dict[str, Any]:
 
 def _mark(config: Config, model: Model) -> dict[str, str]:
     """Name all that a report rests on: settings, weights, the plates of both sets of cells."""
-    settings = config.evaluate
+    settings, measure = config.evaluate, config.measure
+    chosen = [
+        settings.model_dump(mode="json"),
+        {"families": measure.families, "compartments": measure.compartments},
+        {"nucleus_channel": measure.nucleus_channel, "control": config.scaling.control},
+        {"seed": config.run.seed},
+    ]
     sets = {
         uri: {plate: one.identity for plate, one in sorted(open_dataset(uri).manifests.items())}
         for uri in (settings.real, settings.generated)
     }
-    parts = {"settings": settings.model_dump_json(), "cells": json.dumps(sets)}
-    hashes = {name: sha256(text.encode()).hexdigest()[:16] for name, text in parts.items()}
-    return hashes | {"weights": model.hash}
+    inception = "inception" in settings.embeddings and settings.inception_weights
+    parts = {"settings": json.dumps(chosen).encode(), "cells": json.dumps(sets).encode()}
+    parts |= {"inception": read_bytes(inception)} if inception else {}
+    return {name: _hash(data) for name, data in parts.items()} | {"weights": model.hash}
+
+
+def _hash(data: bytes) -> str:
+    return sha256(data).hexdigest()[:16]
+
+
+def _refuse_few_held_out(config: Config) -> None:
+    """Refuse to train what cannot be scored: too few held-out cells for an embedding."""
+    settings = config.evaluate
+    if "inception" in settings.embeddings:
+        _, _, keys = split_cells(open_dataset(settings.real), config)
+        held = keys.values() if settings.split == "all" else [keys[settings.split]]
+        refuse_few(min(settings.cells, sum(map(len, held))), settings)
+
+
+def _refuse_foreign(config: Config) -> None:
+    """Refuse a given checkpoint that cannot be loaded, or not draw the cells to compare with."""
+    place = config.generate.checkpoint
+    model = load_model(place, store=tracking_uri(config))
+    cells = open_dataset(config.generate.input)
+    require_features(cells.schema.names, model, config)
+    if model.channels != cells.patch_format.channels:
+        raise ConfigError(
+            f"{place} draws {', '.join(model.channels)}; {cells.uri} has "
+            f"{', '.join(cells.patch_format.channels)}: compare checkpoints of the same channels"
+        )
 
 
 def _metric_name(heading: str) -> str:

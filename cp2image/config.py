@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -90,6 +90,12 @@ class Config(Section):
         """Largest correlation of two features that both stay, the preset's own where unset."""
         own = 0.98 if self.train.preset == "cp2image-s" else 1.0
         return own if self.scaling.max_correlation is None else self.scaling.max_correlation
+
+    @property
+    def scaled_by(self) -> Literal["plate", "screen"]:
+        """Whose controls scale a plate's features, the preset's own where unset."""
+        own: Literal["plate", "screen"] = "screen" if self.train.preset == "cp2image-s" else "plate"
+        return self.scaling.by or own
 
     def resolve(self) -> "Config":
         """Fill every empty URI from ``run.folder``; explicit ones stay."""

@@ -66,6 +66,8 @@ def _system_name(name: str) -> str:
             f"a system's name is the name of its folder: letters, digits and . _ + -, the first "
             f"one a letter or digit; found {name!r}"
         )
+    if name == "table":
+        raise ValueError("'table' is the folder of the comparison's own table; choose another name")
     return name
 
 
@@ -75,6 +77,8 @@ def _system(value: Any) -> Any:
             "expected the sections in which the system differs, as {train: {preset: paper}}; "
             "{} for none"
         )
+    if not isinstance(value.get("trained_as", ""), str):
+        raise ValueError(f"trained_as: expected a system's name, found {value['trained_as']!r}")
     given = value.get("checkpoints", [])
     if not isinstance(given, list) or not all(isinstance(one, str) and one for one in given):
         raise ValueError(

@@ -25,6 +25,9 @@ class Split(Section):
 class Scaling(Section):
     """Feature selection and per-plate scaling against the negative control."""
 
+    by: Literal["plate", "screen"] | None = None
+    """``plate``: each plate's features by its own controls; ``screen``: all alike, by the controls
+    of all plates. None: ``screen`` for the preset ``cp2image-s``, ``plate`` for the others."""
     control: dict[str, str] = {"Metadata_Compound": "DMSO"}
     min_controls: Positive = 25
     """A plate with fewer control cells is scaled by all plates' controls together."""
@@ -100,9 +103,10 @@ class Train(Section):
     balance: Literal["treatment", "cell"] = "treatment"
     """Draw every treatment alike (the paper's way), or every cell alike: better where many
     treatments have a handful of cells, which would be seen again and again."""
-    normalisation: Literal["per_patch_max", "plate_percentile"] | None = None
-    """Of patches. None: ``plate_percentile`` for ``cp2image-s``, which keeps what intensity
-    features are about; for the others the paper's ``per_patch_max``."""
+    normalisation: Literal["per_patch_max", "plate_percentile", "screen_percentile"] | None = None
+    """Of patches. None: ``screen_percentile`` for ``cp2image-s``, which keeps what intensity
+    features are about, within plates and between them (``plate_percentile``: within them); for
+    the others the paper's ``per_patch_max``."""
     workers: Positive = 1
     threads: Positive | None = None
     """Torch threads per worker; None: the CPUs divided by the workers."""
@@ -133,5 +137,5 @@ class Train(Section):
     @property
     def intensity(self) -> str:
         """The normalisation of patches, the preset's own where none is set."""
-        own = "plate_percentile" if self.preset == "cp2image-s" else "per_patch_max"
+        own = "screen_percentile" if self.preset == "cp2image-s" else "per_patch_max"
         return self.normalisation or own

@@ -143,7 +143,7 @@ def evaluate(config: Config, watch: Stopwatch | None = None) -> Report:
         )
     with watch.part("pairing"):
         pairs = _pair(real, generated, model, settings)
-    _refuse_few(len(pairs), settings)
+    refuse_few(len(pairs), settings)
     print(f"evaluate: {len(pairs):,} cells in both sets", flush=True)
     with watch.part("joining Ray"):
         join_cluster(config.cluster)
@@ -199,7 +199,7 @@ def _pair(
     return chosen.drop(columns="turn").sort_values("key", ignore_index=True)
 
 
-def _refuse_few(cells: int, settings: Evaluate) -> None:
+def refuse_few(cells: int, settings: Evaluate) -> None:
     """Refuse Inception's 2,048 dimensions where a half of the cells has no full covariance.
 
     The floor, real against real, is taken on halves.

@@ -376,7 +376,7 @@ def _extend(
     """Add plates that the checkpoint does not know, where they bring enough controls."""
     for plate in sorted(set(plates) - set(scaling.plates)):
         own = control & (plates == plate)
-        if own.sum() >= scaling.min_controls:
+        if scaling.takes(int(own.sum())):
             scaling = scaling.with_plate(str(plate), values[own])
     return scaling
 

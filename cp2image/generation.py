@@ -146,10 +146,11 @@ def _from_dataset(config: Config, model: Model, _: str) -> _Wanted:
     """Cut the plates of a dataset into units; nothing needs staging."""
     settings = config.generate
     dataset = open_dataset(settings.input)
-    _require_features(dataset.schema.names, model, config)
+    require_features(dataset.schema.names, model, config)
     units = dataset.ranges(config.cluster.cells_per_task, settings.plates or None)
     scaling = model.scaling
-    for plate in sorted({unit.plate for unit in units} - set(scaling.plates)):
+    unknown = {unit.plate for unit in units} - set(scaling.plates) if scaling.per_plate else set()
+    for plate in sorted(unknown):
         sample = KeyedSample(len(model.features))
         for table in dataset.read([*dataset.metadata, *model.features], [plate]):
             _add_controls(sample, table.to_pandas(), model.features, config)
@@ -166,10 +167,10 @@ def _from_table(config: Config, model: Model, staging: str) -> _Wanted:
     scaling = model.scaling
     for plate in sorted(set(settings.plates)) or table.plates:
         frame = table.read(plate)
-        _require_features(list(frame.columns), model, config)
+        require_features(list(frame.columns), model, config)
         metadata = [name for name in frame.columns if name.startswith(METADATA)]
         frame = frame[[*metadata, *model.features]]
-        if plate not in scaling.plates:
+        if scaling.per_plate and plate not in scaling.plates:
             sample = KeyedSample(len(model.features))
             _add_controls(sample, frame, model.features, config)
             scaling = _with_controls(scaling, plate, sample)
@@ -179,7 +180,14 @@ def _from_table(config: Config, model: Model, staging: str) -> _Wanted:
     return replace(wanted, scaling=scaling)
 
 
-def _require_features(names: Sequence[str], model: Model, config: Config) -> None:
+def require_features(names: Sequence[str], model: Model, config: Config) -> None:
+    """Refuse a table without the columns that a model needs.
+
+    Raises
+    ------
+    ColumnError
+        Naming the difference.
+    """
     settings = config.generate
     try:
         require_columns(names, model.features, settings.input)
@@ -198,10 +206,8 @@ def _add_controls(
 
 
 def _with_controls(scaling: Scaling, plate: str, sample: KeyedSample) -> Scaling:
-    """Add a plate the checkpoint does not know, if it brings enough controls of its own."""
-    if sample.seen < scaling.min_controls:
-        return scaling
-    return scaling.with_plate(plate, sample.values)
+    """Add a plate that the checkpoint does not know, if its controls shall and can scale it."""
+    return scaling.with_plate(plate, sample.values) if scaling.takes(sample.seen) else scaling
 
 
 def draw_plates(uri: str, channels: Sequence[str], plates: Sequence[str]) -> str:

@@ -83,11 +83,11 @@ def prepare_profiles(dataset: CellDataset, config: Config) -> Preparation:
         If the dataset has no measurements or no cell is left to train on.
     """
     names = measured_features(dataset)
-    splits, treatments, known = _split(dataset, config)
+    splits, treatments, known = split_cells(dataset, config)
     statistics = FeatureStatistics(len(names))
     limit = config.max_correlation
     numbered = KeyedSample(len(names) + 1, _CORRELATED)
-    fit = ScalingFit(names, config.scaling)
+    fit = ScalingFit(names, config.scaling, per_plate=config.scaled_by == "plate")
     held_out: dict[str, KeyedSample] = {}
     plates = sorted(dataset.manifests)
     for plate in plates:
@@ -112,7 +112,7 @@ def prepare_profiles(dataset: CellDataset, config: Config) -> Preparation:
     selection = select_features(names, statistics, config.scaling)
     scaling = fit.finish()
     for plate, sample in held_out.items():
-        if sample.seen >= config.scaling.min_controls:
+        if scaling.takes(sample.seen):
             scaling = scaling.with_plate(plate, sample.values)
     if limit < 1:
         known_plates = [plates[int(number)] for number in numbered.values[:, -1]]
@@ -133,9 +133,16 @@ def prepare_profiles(dataset: CellDataset, config: Config) -> Preparation:
     return Preparation(splits, selection, scaling, intensity, treatments, counts, known)
 
 
-def _split(
+def split_cells(
     dataset: CellDataset, config: Config
 ) -> tuple[Splits, tuple[str, ...], dict[str, NDArray[np.uint64]]]:
+    """Return the splits, the treatments of the training split, and each split's keys, sorted.
+
+    Raises
+    ------
+    DatasetError
+        If two cells have one identity.
+    """
     frames = [decode_metadata(table) for table in dataset.read(dataset.metadata)]
     metadata = pd.concat(frames, ignore_index=True)
     own = config.split.seed
@@ -160,7 +167,7 @@ def _fit_intensity(dataset: CellDataset, splits: Splits, kind: str) -> Intensity
     shape = dataset.patch_format
     fit = IntensityFit(len(shape.channels))
     for plate in sorted(dataset.manifests):
-        trains = False
+        trains = kind == "screen_percentile"  # plates held out have no say in the screen's limits
         for chosen in ("train", None):  # a plate held out whole is normalised by its own pixels
             if chosen is None and trains:
                 break
@@ -171,4 +178,4 @@ def _fit_intensity(dataset: CellDataset, splits: Splits, kind: str) -> Intensity
                 if len(patches):
                     fit.add(plate, patches, shape.full_scale)
                     trains = True
-    return fit.finish()
+    return fit.finish(kind)

@@ -5,8 +5,10 @@ Reads train.input; writes compare.output, with the table below table/. Run again
 """
 
 from cp2image.command import run_job
-from cp2image.comparison import compare
+from cp2image.comparison import compare, derive_all
 
 if __name__ == "__main__":
-    reads = ["train.input", "compare.systems.*.checkpoints", "evaluate.inception_weights"]
-    raise SystemExit(run_job(__doc__, compare, reads=reads, writes=["compare.output"]))
+    reads = ["train.input", "evaluate.inception_weights"]
+    reads += [f"compare.systems.*.{key}" for key in ("checkpoints", "evaluate.inception_weights")]
+    writes = ["compare.output"]
+    raise SystemExit(run_job(__doc__, compare, reads=reads, writes=writes, check=derive_all))

@@ -1,6 +1,7 @@
 import json
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import yaml
 
@@ -10,8 +11,9 @@ from cp2image.comparison import _metric_name, derive
 from cp2image.comparison_table import tabulate, to_markdown
 from cp2image.config import Config
 from cp2image.config_reading import read_config
+from cp2image.data.schema import PatchFormat
 from cp2image.dataset import Manifest, Part
-from cp2image.errors import CheckpointError, ConfigError, EvaluationError
+from cp2image.errors import CheckpointError, ColumnError, ConfigError, EvaluationError
 
 SYSTEMS = {
     "paper": {"train": {"learning_rate": 0.003}},
@@ -150,7 +152,9 @@ def test_given_checkpoints_are_scored_without_training(tmp_path, monkeypatch):
     assert first.train.output not in given
     trained = []
     loaded = []
-    monkeypatch.setattr(comparison, "load_model", lambda uri, **_: loaded.append(uri))
+    monkeypatch.setattr(
+        comparison, "_refuse_foreign", lambda one: loaded.append(one.generate.checkpoint)
+    )
     monkeypatch.setattr(comparison, "_run", lambda one, trains: trained.append(trains) or {})
     with pytest.raises(KeyError, match="distances"):  # tabulation of the empty reports
         comparison.compare(whole)
@@ -165,6 +169,48 @@ def test_a_given_checkpoint_that_is_not_there_is_refused_before_anything_runs(
     given = {"mine": {"checkpoints": [str(tmp_path / "nowhere")] * 2}}
     with pytest.raises(CheckpointError, match="nowhere"):
         comparison.compare(config(tmp_path, systems=SYSTEMS | given))
+
+
+def test_a_given_checkpoint_of_other_channels_or_columns_is_refused_before_anything_runs(
+    tmp_path, monkeypatch
+):
+    class Drawer:
+        channels, features = ("DNA", "Actin"), ("Nuclei_AreaShape_Area",)
+
+    class Cells:
+        uri = "cells"
+        schema = pa.schema({"Nuclei_AreaShape_Area": pa.float32()})
+        patch_format = PatchFormat(("DNA", "Tubulin"), 68, "uint8", 8, "none")
+
+    monkeypatch.setattr(comparison, "_run", lambda *_, **__: pytest.fail("a run was begun"))
+    monkeypatch.setattr(comparison, "load_model", lambda *_, **__: Drawer)
+    monkeypatch.setattr(comparison, "open_dataset", lambda _: Cells)
+    whole = config(tmp_path, systems=SYSTEMS | {"mine": {"checkpoints": ["a", "b"]}})
+    with pytest.raises(ConfigError, match="a draws DNA, Actin; cells has DNA, Tubulin"):
+        comparison.compare(whole)
+    Drawer.features = ("Nuclei_AreaShape_Perimeter",)
+    with pytest.raises(ColumnError, match="Nuclei_AreaShape_Perimeter"):
+        comparison.compare(whole)
+
+
+def test_too_few_held_out_cells_for_inception_are_refused_before_anything_runs(
+    tmp_path, monkeypatch
+):
+    keys = {"train": np.arange(9_000), "test": np.arange(4_000), "validation": np.arange(50)}
+    monkeypatch.setattr(comparison, "check_weights", lambda _: None)
+    monkeypatch.setattr(comparison, "open_dataset", lambda _: None)
+    monkeypatch.setattr(comparison, "split_cells", lambda *_: (None, None, keys))
+    monkeypatch.setattr(comparison, "_run", lambda *_, **__: pytest.fail("a run was begun"))
+    evaluate = {"embeddings": ["inception"], "inception_weights": "here", "split": "test"}
+    systems = {"paper": {"evaluate": evaluate}}
+    with pytest.raises(EvaluationError, match=r"4,000 cells for the 2,048"):
+        comparison.compare(config(tmp_path, systems=systems))
+    few = {"paper": {"evaluate": evaluate | {"split": "train", "cells": 4_000}}}
+    with pytest.raises(EvaluationError, match=r"4,000 cells for the 2,048"):
+        comparison.compare(config(tmp_path, systems=few))
+    enough = {"paper": {"evaluate": evaluate | {"split": "train"}}}
+    with pytest.raises(pytest.fail.Exception, match="a run was begun"):
+        comparison.compare(config(tmp_path, systems=enough))
 
 
 def test_inception_weights_that_are_not_there_are_refused_before_anything_runs(
@@ -182,6 +228,8 @@ def test_inception_weights_that_are_not_there_are_refused_before_anything_runs(
     [
         ({"foo": None}, r"systems\.foo = null: expected the sections"),
         ({"../up": {}}, r"systems\.\.\./up = .*: a system's name is the name of its folder"),
+        ({"table": {}}, r"systems\.table = .*choose another name"),
+        ({"mine": {"trained_as": ["a"]}}, r"systems\.mine: trained_as: expected a system's name"),
         ({"mine": {"checkpoints": "one"}}, r"systems\.mine: checkpoints: expected a list"),
         ({"mine": {"checkpoints": [3, 4]}}, r"systems\.mine: checkpoints: expected a list"),
     ],
@@ -325,6 +373,10 @@ def test_a_finished_evaluation_is_not_repeated_unless_cells_weights_or_settings_
             self.manifests = {"P1": Manifest("P1", "settings", parts[uri])}
 
     monkeypatch.setattr(comparison, "open_dataset", Cells)
+    weights = tmp_path / "inception.pth"
+    weights.write_bytes(b"one")
+    inception = {"embeddings": ["cp", "inception"], "inception_weights": str(weights)}
+    one = one.model_copy(update={"evaluate": one.evaluate.model_copy(update=inception)})
     for _ in range(2):
         found = comparison._run(one)
     assert len(calls) == 1
@@ -335,8 +387,25 @@ def test_a_finished_evaluation_is_not_repeated_unless_cells_weights_or_settings_
     changed = one.model_copy(update={"evaluate": one.evaluate.model_copy(update={"cells": 7})})
     comparison._run(changed)
     assert len(calls) == 3
-    for number, uri in enumerate(parts, start=4):  # drawn or prepared anew
+
+    def done_again(run):
+        before = len(calls)
+        comparison._run(run)
+        comparison._run(run)
+        return len(calls) - before
+
+    for uri in parts:  # drawn or prepared anew
         parts[uri] = (Part("b.parquet", 5, 1),)
-        comparison._run(changed)
-        comparison._run(changed)
-        assert len(calls) == number
+        assert done_again(changed) == 1
+    weights.write_bytes(b"other")
+    assert done_again(changed) == 1
+    measure = changed.measure.model_copy(update={"compartments": ["Nuclei"]})
+    assert done_again(changed.model_copy(update={"measure": measure})) == 1
+    assert done_again(changed) == 1
+    place = tmp_path / "comparison/paper/seed-0/report/report.json"
+    place.write_text(json.dumps(report(9, 9)))  # of an evaluation that ended before its mark
+    assert done_again(changed) == 1
+    place.write_text("{")
+    assert done_again(changed) == 1
+    place.unlink()
+    assert done_again(changed) == 1

@@ -27,6 +27,7 @@ from cp2image.data.splits import fit_splits
 from cp2image.dataset import open_dataset, read_range
 from cp2image.errors import EvaluationError
 from cp2image.evaluation import evaluate
+from cp2image.evaluation_distances import describe_beside
 from cp2image.metrics.embedding import quantise
 from cp2image.models.cp2image import Discriminator, Generator
 from cp2image.preparation import prepare
@@ -247,6 +248,11 @@ def test_distances_have_intervals_a_limit_and_the_scale_of_plates(report):
     assert abs(cp["limit"]) < cp["floor_half"]
 
 
+def test_the_text_says_when_a_distance_mostly_tells_the_sample_size():
+    assert "singular: mostly the sample size" in describe_beside({"singular": True})
+    assert describe_beside({"singular": False}) == ""
+
+
 @pytest.fixture
 def untouched(monkeypatch):
     """Nothing may be started: no Ray, no MLflow run, no worker."""
@@ -263,9 +269,9 @@ def test_halves_need_more_cells_than_inceptions_dimensions(cells, asked, refused
     ).evaluate
     if refused:
         with pytest.raises(EvaluationError, match=r"2,048 dimensions.*score 4,098 or more"):
-            evaluation._refuse_few(cells, settings)
+            evaluation.refuse_few(cells, settings)
     else:
-        evaluation._refuse_few(cells, settings)
+        evaluation.refuse_few(cells, settings)
 
 
 @pytest.mark.usefixtures("untouched")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cp2image import generation
 from cp2image.checkpoint import ModelCard, load_model, save_checkpoint
 from cp2image.columns import measurements
 from cp2image.config import Config
@@ -176,6 +177,24 @@ def test_an_unknown_plate_is_scaled_by_its_own_controls(folder, screen):
     by_all = model.draw(model.scaling.apply(features, [UNKNOWN] * len(cells)), keys)
     np.testing.assert_array_equal(patches, by_own)
     assert (by_own != by_all).any()
+
+
+@pytest.mark.usefixtures("inline")
+def test_an_unknown_plate_is_scaled_as_all_are_where_the_screen_is_scaled_alike(
+    folder, screen, monkeypatch
+):
+    model = load_model(str(folder / "checkpoint"))
+    own = model.scaling
+    alike = Scaling(own.features, (), own.center[-1:], own.scale[-1:], own.clip, per_plate=False)
+    model.scaling = alike
+    monkeypatch.setattr(generation, "load_model", lambda *_, **__: model)
+    monkeypatch.setattr(generation, "_add_controls", lambda *_: pytest.fail("read controls"))
+    generate(config_of(folder, screen, plates=[UNKNOWN]))
+    cells, patches = drawn(screen)
+    features = cells[list(model.features)].to_numpy(np.float64)
+    keys = np.arange(len(cells), dtype=np.uint64)
+    by_all = model.draw(alike.apply(features, [UNKNOWN] * len(cells)), keys)
+    np.testing.assert_array_equal(patches, by_all)
 
 
 @pytest.mark.usefixtures("inline")

@@ -1,6 +1,7 @@
 """The jobs as a user starts them: by name, with a dry run first, and submitted to a cluster."""
 
 import contextlib
+import json
 import os
 import runpy
 import shutil
@@ -53,6 +54,21 @@ def test_a_dry_run_of_every_job_shows_the_whole_config_and_does_nothing(
     assert shown["run"]["folder"] == str(folder)
     assert shown["generate"]["output"] == str(folder / "screen")
     assert not folder.exists()
+
+
+def test_a_dry_run_of_a_comparison_lists_what_its_systems_read_and_refuses_their_settings(
+    monkeypatch, capsys, tmp_path
+):
+    mine = {"checkpoints": [str(tmp_path)], "evaluate": {"inception_weights": "/no.pth"}}
+    given = ["--dry-run", "--set", "compare.seeds=[0]", "--set"]
+    setting = f"compare.systems={json.dumps({'mine': mine})}"
+    assert run_here(monkeypatch, "compare", *given, setting) == DONE
+    shown = capsys.readouterr().out
+    assert f"# reads compare.systems.mine.checkpoints: {tmp_path} (found)" in shown
+    assert "# reads compare.systems.mine.evaluate.inception_weights: /no.pth (not there)" in shown
+    setting = "compare.systems={x: {train: {stepz: 3}}}"
+    assert run_here(monkeypatch, "compare", *given, setting) == REFUSED
+    assert "compare.systems.x: unknown key 'train.stepz'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)

@@ -55,13 +55,17 @@ def profiles(model, count=5):
 
 def test_checkpoint_says_what_it_holds(model):
     assert model.card.preset == "cp2image-s"
-    assert model.intensity.kind == "plate_percentile"
+    assert model.intensity.kind == "screen_percentile"
+    assert (model.scaling.plates, model.scaling.per_plate) == ((), False)
     assert model.card.metrics["validation/L_MSE"] > 0
 
 
 def test_the_published_network_keeps_its_own_normalisation(trained):
     assert Config().train.intensity == "per_patch_max"
-    assert trained.train.intensity == "plate_percentile"
+    assert trained.train.intensity == "screen_percentile"
+    assert (Config().scaled_by, trained.scaled_by) == ("plate", "screen")
+    by_plate = trained.scaling.model_copy(update={"by": "plate"})
+    assert trained.model_copy(update={"scaling": by_plate}).scaled_by == "plate"
     chosen = trained.train.model_copy(update={"normalisation": "per_patch_max"})
     assert chosen.intensity == "per_patch_max"
 

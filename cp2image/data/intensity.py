@@ -1,8 +1,10 @@
 """Normalisation of patches: from the acquisition scale to [0, 1] and what it forgets. Pure numpy.
 
 ``per_patch_max`` (the paper's) divides each patch and channel by its own maximum: absolute
-brightness is lost. ``plate_percentile`` maps a plate's percentiles of each channel to 0 and 1 and
-keeps brightness comparable within and between plates.
+brightness is lost. ``plate_percentile`` maps a plate's percentiles of each channel to 0 and 1:
+brightness is comparable within a plate, and how plates differ is lost. ``screen_percentile`` maps
+those of all training plates together, for every plate alike: nothing is lost, and a plate needs no
+pixels of its own.
 """
 
 from collections.abc import Sequence
@@ -14,9 +16,9 @@ from numpy.typing import NDArray
 
 from cp2image.errors import CheckpointError
 
-KINDS = ("per_patch_max", "plate_percentile")
+KINDS = ("per_patch_max", "plate_percentile", "screen_percentile")
 LOW, HIGH = 0.1, 99.9
-"""Percentiles of a plate's pixels that become 0 and 1."""
+"""Percentiles of a plate's, or the screen's, pixels that become 0 and 1."""
 _LEVELS = 65536
 
 
@@ -141,14 +143,14 @@ class IntensityFit:
         for channel in range(self._channels):
             counts[channel] += np.bincount(levels[:, channel].ravel(), minlength=_LEVELS)
 
-    def finish(self) -> Intensity:
-        """Return the limits of every plate seen, and of all together for the others."""
-        plates = tuple(sorted(self._histograms))
+    def finish(self, kind: str = "plate_percentile") -> Intensity:
+        """Return the limits of all plates together, and for ``plate_percentile`` of every one."""
+        plates = tuple(sorted(self._histograms)) if kind == "plate_percentile" else ()
         everything = sum(self._histograms.values(), np.zeros((self._channels, _LEVELS), np.int64))
         tables = [*(self._histograms[plate] for plate in plates), everything]
         low = np.array([[_percentile(c, LOW) for c in table] for table in tables])
         high = np.array([[_percentile(c, HIGH) for c in table] for table in tables])
-        return Intensity("plate_percentile", plates, low, high)
+        return Intensity(kind, plates, low, high)
 
 
 def _percentile(counts: NDArray[np.int64], percent: float) -> float:

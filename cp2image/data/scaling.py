@@ -1,4 +1,4 @@
-"""Scale features per plate against the negative control. Floor 1: numpy and pandas.
+"""Scale features against the negative control of a plate or of all. Floor 1: numpy and pandas.
 
 Per plate, the median and MAD · 1.4826 of its control cells, as pycytominer's ``mad_robustize``
 with ``samples`` = the controls and ``mad_robustize_epsilon`` = 0. Plates come one after another
@@ -104,6 +104,8 @@ class Scaling:
         Limit of the scaled values.
     min_controls
         Cells needed to scale a plate's feature by the plate itself.
+    per_plate
+        Whether plates are scaled by themselves at all; if not, P is 0.
     notes
         What was done other than by default, a sentence each.
     """
@@ -114,6 +116,7 @@ class Scaling:
     scale: NDArray[np.float64]
     clip: float
     min_controls: int = 25
+    per_plate: bool = True
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -202,6 +205,10 @@ class Scaling:
         rows = self._rows(plates)
         return self.center[rows], self.scale[rows]
 
+    def takes(self, controls: int) -> bool:
+        """Say whether so many controls of a plate not known yet should scale it themselves."""
+        return self.per_plate and controls >= self.min_controls
+
     def with_plate(self, plate: str, controls: Values) -> "Scaling":
         """Add a plate that was not in training, from its own controls.
 
@@ -246,6 +253,7 @@ class Scaling:
             "plates": list(self.plates),
             "clip": self.clip,
             "min_controls": self.min_controls,
+            "per_plate": self.per_plate,
             "notes": list(self.notes),
         }
 
@@ -268,6 +276,7 @@ class Scaling:
                 scale=np.array(tensors["scale"], dtype=np.float64),
                 clip=float(description["clip"]),
                 min_controls=int(description["min_controls"]),
+                per_plate=bool(description.get("per_plate", True)),
                 notes=tuple(description["notes"]),
             )
         except KeyError as error:
@@ -289,11 +298,15 @@ class ScalingFit:
         Names of the p features, as selected.
     config
         The config's section: ``min_controls`` and ``clip``.
+    per_plate
+        Scale each plate by its own controls; if not, all by those of all plates.
     """
 
-    def __init__(self, features: Sequence[str], config: ScalingConfig) -> None:
+    def __init__(
+        self, features: Sequence[str], config: ScalingConfig, *, per_plate: bool = True
+    ) -> None:
         self.features = tuple(features)
-        self._config = config
+        self._config, self._per_plate = config, per_plate
         self._spreads: dict[str, Spread] = {}
         self._controls = KeyedSample(len(self.features), MAX_GLOBAL)
         self._cells = KeyedSample(len(self.features), MAX_GLOBAL)
@@ -341,7 +354,7 @@ class ScalingFit:
             self._cells.add(other_keys, others)
 
     def finish(self) -> Scaling:
-        """Return the scaling of all plates, in the order of their names.
+        """Return the scaling: of all plates, in the order of their names, and the global one.
 
         Raises
         ------
@@ -364,7 +377,8 @@ class ScalingFit:
         center, scale, note = global_row(self.features, sample.values, self._cells.values)
         notes += note
         centers, scales = [], []
-        for plate in sorted(self._spreads):
+        own = sorted(self._spreads) if self._per_plate else []
+        for plate in own:
             row, width, note = plate_row(
                 plate, self._spreads[plate], center, scale, self._config.min_controls
             )
@@ -373,11 +387,12 @@ class ScalingFit:
             notes += note
         return Scaling(
             features=self.features,
-            plates=tuple(sorted(self._spreads)),
+            plates=tuple(own),
             center=np.vstack([*centers, center]),
             scale=np.vstack([*scales, scale]),
             clip=self._config.clip,
             min_controls=self._config.min_controls,
+            per_plate=self._per_plate,
             notes=tuple(notes),
         )
 

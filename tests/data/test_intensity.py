@@ -90,6 +90,25 @@ def test_plate_percentile_keeps_brightness_between_cells():
     assert found[0].mean() < 0.6 * full[0].mean()
 
 
+def test_screen_percentile_is_that_of_all_plates_and_keeps_how_they_differ():
+    dim, bright = patches(4) // 4, patches(5)
+    fit = IntensityFit(2)
+    fit.add("dim", dim, 65535.0)
+    fit.add("bright", bright, 65535.0)
+    screen = fit.finish("screen_percentile")
+    assert (screen.kind, screen.plates, screen.high.shape) == ("screen_percentile", (), (1, 2))
+    np.testing.assert_array_equal(screen.high[-1], fit.finish().high[-1])
+    own, both = (i.apply(dim, ["dim"] * 20, 65535.0) for i in (fit.finish(), screen))
+    assert own.max() == 1
+    assert both.max() < 0.5
+    unknown = screen.apply(dim, ["new"] * 20, 65535.0)
+    np.testing.assert_array_equal(unknown, both)
+    seen = np.rint(both * 255).astype(np.uint8)
+    np.testing.assert_allclose(
+        screen.restore(seen, ["new"] * 20), dim / 65535, atol=screen.high.max() / 255
+    )
+
+
 def test_plate_with_an_empty_channel_gives_finite_zeros():
     cells = patches(5)
     cells[:, 1] = 0
@@ -117,7 +136,14 @@ def test_no_patches_are_normalised_to_none():
         assert intensity.apply(none, [], 65535.0).shape == none.shape
 
 
-@pytest.mark.parametrize("intensity", [Intensity("per_patch_max"), fitted(A=patches(7))])
+@pytest.mark.parametrize(
+    "intensity",
+    [
+        Intensity("per_patch_max"),
+        fitted(A=patches(7)),
+        Intensity("screen_percentile", (), np.zeros((1, 2)), np.full((1, 2), 0.5)),
+    ],
+)
 def test_json_holds_all_of_it(intensity):
     found = Intensity.from_json(json.loads(json.dumps(intensity.to_json())))
     assert (found.kind, found.plates) == (intensity.kind, intensity.plates)

@@ -21,8 +21,8 @@ def plate_values(seed, cells=60, shift=0.0):
     return np.random.default_rng(seed).gamma(2, 1, (cells, 3)) * [100, 1, 1e-3] + shift
 
 
-def fit(plates, config=CONFIG, others=None):
-    fitted = ScalingFit(FEATURES, config)
+def fit(plates, config=CONFIG, others=None, per_plate=True):
+    fitted = ScalingFit(FEATURES, config, per_plate=per_plate)
     for plate, controls in plates.items():
         keys = keys_of(len(controls))
         if others is None:
@@ -115,6 +115,25 @@ def test_global_row_comes_from_the_controls_of_all_plates():
     np.testing.assert_allclose(scaling.center[-1], center, rtol=1e-12)
     mad = 1.4826 * np.median(np.abs(together - center), axis=0)
     np.testing.assert_allclose(scaling.scale[-1], mad, rtol=1e-12)
+
+
+def test_a_screen_is_scaled_alike_by_all_plates_controls():
+    plates = {"A": plate_values(1), "B": plate_values(2, shift=50)}
+    screen, own = fit(plates, per_plate=False), fit(plates)
+    assert screen.plates == ()
+    np.testing.assert_array_equal(screen.center, own.center[-1:])
+    np.testing.assert_array_equal(screen.scale, own.scale[-1:])
+    values = plate_values(3)
+    np.testing.assert_array_equal(
+        screen.apply(values, ["A", "B", "new"] * 20), own.apply(values, ["new"] * 60)
+    )
+    assert own.takes(10)
+    assert not own.takes(9)
+    assert not screen.takes(1_000)
+    again = Scaling.from_tensors(screen.to_tensors(), screen.describe())
+    assert not again.per_plate
+    older = {k: v for k, v in own.describe().items() if k != "per_plate"}
+    assert Scaling.from_tensors(own.to_tensors(), older).per_plate
 
 
 def test_plate_with_few_controls_uses_the_global_row_and_says_so():
