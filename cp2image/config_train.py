@@ -46,21 +46,25 @@ class Scaling(Section):
 class Stochastic(Section):
     """What the training of ``cp2image-s`` is made of; 0 switches a loss off."""
 
+    autoencoder: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    """Share of the training, its first, in which patches are learned: the autoencoder's."""
+    autoencoder_rate: Amount = 1e-3
+    """Learning rate meanwhile."""
+    divergence: NotNegative = 1.0
+    """Weight of the autoencoder's KL."""
     learning_rate: Amount = 4e-4
-    """Of both networks."""
-    pixel: NotNegative = 0.005
-    """Weight of L_MSE between a cell and the mean of its draws."""
-    draws: Positive = 1
-    """Draws of a cell whose mean L_MSE sees."""
+    """Of generator and discriminator afterwards."""
+    latent: NotNegative = 3e-4
+    """Weight of half the squared distance between a cell's latents and its draw's."""
     regression: NotNegative = 1.0
-    """Weight of the features as the discriminator reads them from a patch."""
+    """Weight of the features as the discriminator reads them from latents."""
     penalty: NotNegative = 0.3
     """γ of the gradient penalties R1 + R2."""
     penalty_every: Positive = 8
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Decay of the averaged generator per step."""
     cooldown: Annotated[float, Field(ge=0, le=1)] = 0.3
-    """Share of the training, its last, in which the learning rates fall to 0 in a line."""
+    """Share of the time afterwards, its last, in which the learning rates fall to 0 in a line."""
 
 
 _IMAGE_LOSSES = ("paper", "vae", "vaeplus")

@@ -148,7 +148,7 @@ class TrainingLoop:
         """
         settings = self._plan.config.train
         self._resume()
-        progress = _Progress(self.step, self._seconds)
+        progress = _Progress(self._seconds)
         metrics: dict[str, float] = {}
         last = self._is_over(self._seconds)
         with _Ahead(self._batch, self.step) as ahead:
@@ -175,7 +175,7 @@ class TrainingLoop:
 
     def _log(self, progress: "_Progress") -> None:
         """Record the mean losses of all ranks since the last time."""
-        names, losses = progress.take(self.step)
+        names, losses = progress.take()
         self._average([losses])
         values = {f"train/{name}": float(v) for name, v in zip(names, losses, strict=True)}
         self._check_finite(values)
@@ -393,10 +393,11 @@ class _Ahead:
 class _Progress:
     """Seconds and losses between two lines of the log, without waiting for a GPU's results."""
 
-    def __init__(self, step: int, seconds: float) -> None:
-        self._since, self._before, self._started = step, seconds, time.monotonic()
+    def __init__(self, seconds: float) -> None:
+        self._before, self._started = seconds, time.monotonic()
         self._waited = 0.0
         self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
 
     @property
     def seconds(self) -> float:
@@ -419,12 +420,14 @@ class _Progress:
         """Add one step's losses."""
         for name, value in losses.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] = self._counts.get(name, 0) + 1
 
-    def take(self, step: int) -> tuple[list[str], Tensor]:
-        """Return the losses' names and their means since the last call."""
-        names, sums = list(self._sums), torch.stack(list(self._sums.values()))
-        taken, self._since, self._sums = step - self._since, step, {}
-        return names, sums / taken
+    def take(self) -> tuple[list[str], Tensor]:
+        """Return the losses' names and their means since the last call, each over its steps."""
+        names = list(self._sums)
+        means = torch.stack([self._sums[name] / self._counts[name] for name in names])
+        self._sums, self._counts = {}, {}
+        return names, means
 
 
 def _mean_image_loss(cells: CellArrays) -> float:

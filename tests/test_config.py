@@ -305,7 +305,7 @@ def test_every_error_survives_the_way_out_of_a_worker():
     [
         ({"preset": "cp2image-s", "learning_rate": 1e-3}, "learning_rate"),
         ({"preset": "cp2image-s", "gamma": (0, 1, 1, 1)}, "gamma"),
-        ({"preset": "paper", "stochastic": {"pixel": 0.1}}, "stochastic"),
+        ({"preset": "paper", "stochastic": {"latent": 0.1}}, "stochastic"),
     ],
 )
 def test_settings_of_the_other_preset_are_refused(train, name):

@@ -108,11 +108,11 @@ def test_the_learning_rates_end_near_zero(tmp_path, cells):
     config = settings(tmp_path / "run", cells)
     loop = run_loop(plan_of(config))
     rate = loop.recipe.generator_optimiser.param_groups[0]["lr"]
-    assert rate == pytest.approx(4e-4 * (1 / STEPS) / 0.3)
+    assert rate == pytest.approx(4e-4 * (1 / STEPS) / (0.75 * 0.3))
 
 
 def test_parts_can_be_switched_off(tmp_path, cells, trained):
-    off = {"pixel": 0.0, "regression": 0.0, "penalty": 0.0, "ema": 0.0}
+    off = {"latent": 0.0, "regression": 0.0, "penalty": 0.0, "ema": 0.0}
     config = settings(tmp_path / "off", cells, stochastic=off)
     run_loop(plan_of(config))
     with pytest.raises(AssertionError):

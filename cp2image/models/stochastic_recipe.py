@@ -1,4 +1,4 @@
-"""How cp2image-s is trained: relativistic loss, gradient penalties, regression. Pure torch."""
+"""How cp2image-s is trained: an autoencoder, then an adversary in its latents. Pure torch."""
 
 from collections.abc import Sequence
 from copy import deepcopy
@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
+from torch.nn.utils import clip_grad_norm_
 
+from cp2image.models.autoencoder import PatchEncoder, evidence, from_log, to_log
 from cp2image.models.losses import pixel_loss
 from cp2image.models.recipe import Average, Batch, load_optimiser, optimiser_state, part_of
 from cp2image.models.stochastic import StochasticDiscriminator, StochasticGenerator
@@ -19,27 +21,35 @@ class StochasticSetting:
 
     Attributes
     ----------
+    autoencoder
+        Share of the training, its first, in which the autoencoder learns; then it is left as it is.
+    autoencoder_rate
+        Its Adam's learning rate (β 0.9 and 0.99); it falls to 0 in a line over the last 40 % of
+        that share.
+    divergence
+        Weight of KL in its bound.
     learning_rate
-        Of both networks' Adam (β 0 and 0.99).
-    pixel
-        Weight of L_MSE between a cell and the mean of its draws.
-    draws
-        Draws of a cell whose mean L_MSE sees.
+        Of generator's and discriminator's Adam (β 0 and 0.99).
+    latent
+        Weight of ½ Σ (latent − drawn latent)², the mean over cells.
     regression
-        Weight of ½ Σ (feature − feature as predicted from the patch)² / p.
+        Weight of ½ Σ (feature − feature as predicted from the latents)² / p.
     penalty
-        γ of R1 + R2: γ/2 · |∇ score|², for real and for generated patches.
+        γ of R1 + R2: γ/2 · |∇ score|², for real and for generated latents.
     penalty_every
         Steps from one penalty to the next; it counts that many times.
     ema
         Decay of the averaged generator, per step, once training is under way.
     cooldown
-        Share of the training, its last, in which the learning rates fall to 0 in a line.
+        Share of the rest of the training, its last, in which the learning rates fall to 0 in a
+        line.
     """
 
+    autoencoder: float = 0.25
+    autoencoder_rate: float = 1e-3
+    divergence: float = 1.0
     learning_rate: float = 4e-4
-    pixel: float = 0.005
-    draws: int = 1
+    latent: float = 3e-4
     regression: float = 1.0
     penalty: float = 0.3
     penalty_every: int = 8
@@ -48,11 +58,12 @@ class StochasticSetting:
 
 
 class StochasticRecipe:
-    """Both networks, their optimisers, the averaged generator, and one training step.
+    """All networks, their optimisers, the averaged generator, and one training step.
 
-    The discriminator learns to tell a cell from a draw of the same features by the difference of
-    their scores, softplus(score(draw) − score(cell)), the generator the reverse (relativistic
-    pairing, Jolicoeur-Martineau, ICLR 2019; with R1 + R2 as in R3GAN, Huang et al., NeurIPS 2024).
+    First the autoencoder learns patches. Then the discriminator learns to tell a cell's latents
+    from drawn ones of the same features by the difference of their scores, softplus(score(draw) −
+    score(cell)), the generator the reverse (relativistic pairing, Jolicoeur-Martineau, ICLR 2019;
+    with R1 + R2 as in R3GAN, Huang et al., NeurIPS 2024).
 
     Parameters
     ----------
@@ -61,7 +72,7 @@ class StochasticRecipe:
     setting
         What the losses are made of.
     bf16
-        Run both networks under bfloat16 autocast; penalties stay in float32.
+        Run the networks under bfloat16 autocast; penalties stay in float32.
     device
         Where the networks live; on CPUs with channels last.
     """
@@ -78,30 +89,42 @@ class StochasticRecipe:
         bf16: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.generator: nn.Module = StochasticGenerator(features, channels, patch_size).to(device)
+        self.encoder = PatchEncoder(channels).to(device)
+        self.generator = StochasticGenerator(features, channels, patch_size).to(device)
         self.discriminator = StochasticDiscriminator(features, channels, patch_size).to(device)
-        for network in (self.generator, self.discriminator):
+        for network in (self.encoder, self.generator, self.discriminator):
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.averaged = deepcopy(self.generator).requires_grad_(False)
+        self.averaged.decoder = self.generator.decoder  # not averaged: its rate falls to 0
         self.setting, self.bf16 = setting, bf16
-        self._device = torch.device(device)
-        self._g, self._d = list(self.generator.parameters()), list(self.discriminator.parameters())
+        self._device, self._share, self._followed = torch.device(device), 0.0, 0
+        self._g = list(self.generator.latents.parameters())
+        self._d = list(self.discriminator.parameters())
+        self._a = [*self.encoder.parameters(), *self.generator.decoder.parameters()]
         rate, betas = setting.learning_rate, (0.0, 0.99)
         self.generator_optimiser = torch.optim.Adam(self._g, lr=rate, betas=betas, fused=True)
         self.discriminator_optimiser = torch.optim.Adam(self._d, lr=rate, betas=betas, fused=True)
+        self.autoencoder_optimiser = torch.optim.Adam(
+            self._a, lr=setting.autoencoder_rate, betas=(0.9, 0.99), fused=True
+        )
+        self.reached(0.0)
 
     def reached(self, share: float) -> None:
         """Set the learning rates by the share of the training that is done, 0 to 1."""
-        left, cooldown = 1 - min(share, 1.0), self.setting.cooldown
-        rate = self.setting.learning_rate * (min(1.0, left / cooldown) if cooldown else 1.0)
+        setting, self._share = self.setting, share
+        first = setting.autoencoder
+        left = 1 - min(share / first, 1.0) if first else 0.0
+        _set_rate(self.autoencoder_optimiser, setting.autoencoder_rate * min(1.0, left / 0.4))
+        left = 1 - min(max(share - first, 0.0) / (1 - first), 1.0)
+        cooled = min(1.0, left / setting.cooldown) if setting.cooldown else 1.0
         for optimiser in (self.generator_optimiser, self.discriminator_optimiser):
-            for group in optimiser.param_groups:
-                group["lr"] = rate
+            _set_rate(optimiser, setting.learning_rate * cooled)
 
     def step(self, batch: Batch, step: int, average: Average) -> dict[str, Tensor]:
-        """Train both networks on one batch; each sees the other as it was before the step.
+        """Train on one batch: the autoencoder in its share of the training, then both others.
 
-        So each patch passes through the discriminator once.
+        Each of these sees the other as it was before the step, so that latents pass through the
+        discriminator once.
 
         Parameters
         ----------
@@ -115,17 +138,52 @@ class StochasticRecipe:
         Returns
         -------
         dict
-            ``L_MSE``, ``L_generator`` (without L_MSE), ``L_Dis``, ``L_features`` (real patches)
-            and ``penalty`` (|∇ score|², real and generated, times `penalty_every` where it is
-            taken and 0 elsewhere, so that its mean over steps is right): scalars without
+            Of the autoencoder ``L_MSE`` (of its mean), ``L_likelihood`` and ``L_KL``; then
+            ``L_latent``, ``L_generator`` (without L_latent), ``L_Dis``, ``L_features`` (real
+            cells) and ``penalty`` (|∇ score|², real and generated, times `penalty_every` where it
+            is taken and 0 elsewhere, so that its mean over steps is right): scalars without
             gradients.
         """
-        setting, features = self.setting, batch.features
         random = torch.Generator(self._device).manual_seed(batch.seed)
-        draws = [self._draw(features, random) for _ in range(setting.draws)]
-        seen_draw = draws[0].detach().requires_grad_()
+        if self._share < self.setting.autoencoder:
+            return self._encode_and_decode(batch, random, average)
+        return self._draw_and_judge(batch, step, random, average)
+
+    def _encode_and_decode(
+        self, batch: Batch, random: torch.Generator, average: Average
+    ) -> dict[str, Tensor]:
+        """Update the autoencoder by the evidence bound, a pixel's share of it."""
+        values = to_log(batch.original)
+        with torch.no_grad():
+            shape = self._latent_shape(len(values))
+        noise = torch.randn(shape, generator=random, device=self._device)
         with self._autocast():
-            score, seen = self.discriminator(batch.original, features)
+            misfit, divergence, decoded = evidence(
+                self.encoder, self.generator.decoder, values, noise
+            )
+        total = (misfit + self.setting.divergence * divergence) / values[0].numel()
+        gradients = torch.autograd.grad(total, self._a)
+        average(gradients)
+        for parameter, gradient in zip(self._a, gradients, strict=True):
+            parameter.grad = gradient
+        clip_grad_norm_(self._a, 1.0)
+        self.autoencoder_optimiser.step()
+        self.autoencoder_optimiser.zero_grad(set_to_none=True)
+        pixel = pixel_loss(batch.original, from_log(decoded.detach()))
+        losses = {"L_MSE": pixel, "L_likelihood": misfit, "L_KL": divergence}
+        return {name: value.detach() for name, value in losses.items()}
+
+    def _draw_and_judge(
+        self, batch: Batch, step: int, random: torch.Generator, average: Average
+    ) -> dict[str, Tensor]:
+        """Update discriminator and generator."""
+        setting, features = self.setting, batch.features
+        with torch.no_grad(), self._autocast():
+            real = self.encoder(to_log(batch.original))[0].float()
+        drawn = self._draw(features, random)
+        seen_draw = drawn.detach().requires_grad_()
+        with self._autocast():
+            score, seen = self.discriminator(real, features)
             fake_score, fake_seen = self.discriminator(seen_draw, features)
         difference = score.float() - fake_score.float()
         loss, adversarial = softplus(-difference).mean(), softplus(difference).mean()
@@ -134,27 +192,31 @@ class StochasticRecipe:
             adversarial = adversarial + setting.regression * _distance(fake_seen, features)
         (pull,) = torch.autograd.grad(adversarial, seen_draw, retain_graph=True)
         total = loss + setting.regression * regression
-        steepness = self._update_discriminator(batch, total, seen_draw, step, average)
-        mean = torch.stack(draws).mean(dim=0) if setting.draws > 1 else draws[0]
-        pixel = pixel_loss(batch.original, mean)
+        both = torch.cat([real, seen_draw])
+        steepness = self._update_discriminator(both, features, total, step, average)
+        latent = 0.5 * (real - drawn).square().sum() / len(real)
         gradients = torch.autograd.grad(
-            [draws[0], setting.pixel * pixel], self._g, [pull, torch.ones_like(pixel)]
+            [drawn, setting.latent * latent], self._g, [pull, torch.ones_like(latent)]
         )
         self._update(self._g, gradients, self.generator_optimiser, average)
-        self._follow(step)
-        losses = {"L_MSE": pixel, "L_generator": adversarial, "L_Dis": loss}
+        self._follow()
+        losses = {"L_latent": latent, "L_generator": adversarial, "L_Dis": loss}
         losses |= {"L_features": regression, "penalty": steepness}
         return {name: value.detach() for name, value in losses.items()}
 
+    def _latent_shape(self, cells: int) -> tuple[int, ...]:
+        side = self.generator.latents.sides[-1]
+        return (cells, self.generator.latents.last.out_channels, side, side)
+
     def _update_discriminator(
-        self, batch: Batch, total: Tensor, drawn: Tensor, step: int, average: Average
+        self, both: Tensor, features: Tensor, total: Tensor, step: int, average: Average
     ) -> Tensor:
         """Update by the gradients of ``total`` and, every so many steps, the penalty's."""
-        setting, features = self.setting, batch.features
+        setting = self.setting
         steepness = torch.zeros_like(total)
         gradients = list(torch.autograd.grad(total, self._d, allow_unused=True))
         if setting.penalty and step % setting.penalty_every == 0:
-            steepness = self._steepness(torch.cat([batch.original, drawn]), features)
+            steepness = self._steepness(both, features)
             weight = 0.5 * setting.penalty * setting.penalty_every
             more = torch.autograd.grad(weight * steepness, self._d, allow_unused=True)
             for i, extra in enumerate(more):
@@ -167,18 +229,18 @@ class StochasticRecipe:
         self._update(self._d, filled, self.discriminator_optimiser, average)
         return steepness
 
-    def _steepness(self, patches: Tensor, features: Tensor) -> Tensor:
-        """|∇ score|² of real and of generated patches, each the mean over cells; their sum."""
-        patches = patches.detach().requires_grad_()
-        scores, _ = self.discriminator(patches, torch.cat([features, features]))
-        (gradient,) = torch.autograd.grad(scores.sum(), patches, create_graph=True)
+    def _steepness(self, latents: Tensor, features: Tensor) -> Tensor:
+        """|∇ score|² of real and of generated latents, each the mean over cells; their sum."""
+        latents = latents.detach().requires_grad_()
+        scores, _ = self.discriminator(latents, torch.cat([features, features]))
+        (gradient,) = torch.autograd.grad(scores.sum(), latents, create_graph=True)
         return gradient.square().sum() / len(features)
 
     def _draw(self, features: Tensor, random: torch.Generator) -> Tensor:
-        size = (len(features), self.generator.noise_size)
-        noise = torch.randn(size, generator=random, device=self._device)  # type: ignore[arg-type]
+        size = (len(features), self.generator.latents.noise_size)
+        noise = torch.randn(size, generator=random, device=self._device)
         with self._autocast():
-            drawn: Tensor = self.generator(features, noise)
+            drawn: Tensor = self.generator.latents(features, noise)
         return drawn.float()
 
     def _autocast(self) -> torch.autocast:
@@ -197,11 +259,12 @@ class StochasticRecipe:
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
 
-    def _follow(self, step: int) -> None:
+    def _follow(self) -> None:
         """Move the averaged generator; in the beginning its memory grows with the steps."""
-        keep = min(self.setting.ema, (1 + step) / (10 + step))
+        keep = min(self.setting.ema, (1 + self._followed) / (10 + self._followed))
+        self._followed += 1
         with torch.no_grad():
-            averaged: list[Tensor] = list(self.averaged.parameters())
+            averaged: list[Tensor] = list(self.averaged.latents.parameters())
             new: list[Tensor] = list(self._g)
             torch._foreach_lerp_(averaged, new, 1 - keep)
 
@@ -214,26 +277,38 @@ class StochasticRecipe:
         return drawn
 
     def published(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the weights a checkpoint holds: averaged generator, discriminator."""
-        return self.averaged.state_dict(), self.discriminator.state_dict()
+        """Return a checkpoint's weights: averaged generator; discriminator and encoder."""
+        beside = {f"encoder.{k}": v for k, v in self.encoder.state_dict().items()}
+        return self.averaged.state_dict(), {**self.discriminator.state_dict(), **beside}
 
     def state(self) -> dict[str, Tensor]:
         """Return networks and optimisers, flat."""
-        found = {f"generator.{k}": v for k, v in self.generator.state_dict().items()}
-        found |= {f"averaged.{k}": v for k, v in self.averaged.state_dict().items()}
+        found = {"followed": torch.tensor(self._followed)}
+        found |= {f"generator.{k}": v for k, v in self.generator.state_dict().items()}
+        found |= {f"averaged.{k}": v for k, v in self.averaged.latents.state_dict().items()}
+        found |= {f"encoder.{k}": v for k, v in self.encoder.state_dict().items()}
         found |= {f"discriminator.{k}": v for k, v in self.discriminator.state_dict().items()}
         found |= optimiser_state("generator_optimiser", self.generator_optimiser)
+        found |= optimiser_state("autoencoder_optimiser", self.autoencoder_optimiser)
         return found | optimiser_state("discriminator_optimiser", self.discriminator_optimiser)
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take back networks and optimisers, from any device."""
+        self._followed = int(state["followed"])
         self.generator.load_state_dict(part_of(state, "generator"))
-        self.averaged.load_state_dict(part_of(state, "averaged"))
+        self.averaged.latents.load_state_dict(part_of(state, "averaged"))
+        self.encoder.load_state_dict(part_of(state, "encoder"))
         self.discriminator.load_state_dict(part_of(state, "discriminator"))
         load_optimiser(state, "generator_optimiser", self.generator_optimiser)
+        load_optimiser(state, "autoencoder_optimiser", self.autoencoder_optimiser)
         load_optimiser(state, "discriminator_optimiser", self.discriminator_optimiser)
 
 
 def _distance(seen: Tensor, features: Tensor) -> Tensor:
     """½ Σ (feature − prediction)² / p, the mean over cells."""
     return 0.5 * (seen.float() - features).square().mean()
+
+
+def _set_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimiser.param_groups:
+        group["lr"] = rate

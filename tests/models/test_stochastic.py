@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import softplus
 
+from cp2image.models.autoencoder import latent_channels, to_log
 from cp2image.models.recipe import Batch
 from cp2image.models.stochastic import (
     StochasticDiscriminator,
@@ -17,9 +18,12 @@ from cp2image.models.stochastic_recipe import StochasticRecipe, StochasticSettin
 FEATURES, CHANNELS, SIZE = 6, 2, 20
 
 
-def recipe(**setting):
+def recipe(share=0.5, **setting):
+    """Return a recipe of which this share of the training is done: at a half, the adversary's."""
     torch.manual_seed(0)
-    return StochasticRecipe(FEATURES, CHANNELS, SIZE, setting=StochasticSetting(**setting))
+    made = StochasticRecipe(FEATURES, CHANNELS, SIZE, setting=StochasticSetting(**setting))
+    made.reached(share)
+    return made
 
 
 def batch(seed=0, cells=8):
@@ -41,25 +45,27 @@ def equal(one, other):
     return all(torch.equal(one[name], other[name]) for name in one | other)
 
 
+def latents_of(tested, cells):
+    """The cells as the encoder sees them."""
+    return tested.encoder(to_log(cells.original))[0].detach()
+
+
 @pytest.mark.parametrize(
     ("size", "sides"),
-    [
-        (16, (4, 8, 16)),
-        (64, (8, 16, 32, 64)),
-        (68, (9, 17, 34, 68)),
-        (69, (9, 18, 35, 69)),
-        (128, (8, 16, 32, 64, 128)),
-    ],
+    [(16, (4,)), (64, (8, 16)), (68, (9, 17)), (69, (9, 18)), (128, (8, 16, 32))],
 )
 @pytest.mark.parametrize("channels", [1, 3, 5])
 def test_any_channels_and_sides(size, sides, channels):
     assert map_sides(size) == sides
     generator = StochasticGenerator(7, channels, size)
     features = torch.randn(2, 7)
-    patches = generator(features, generator.noise(torch.arange(2), 0)).detach()
+    noise = generator.noise(torch.arange(2), 0)
+    patches = generator(features, noise).detach()
     assert patches.shape == (2, channels, size, size)
-    assert 0 < float(patches.min()) < float(patches.max()) < 1
-    scores, seen = StochasticDiscriminator(7, channels, size)(patches, features)
+    assert 0 <= float(patches.min()) < float(patches.max()) <= 1
+    latents = generator.latents(features, noise[:, : generator.latents.noise_size])
+    assert latents.shape == (2, latent_channels(channels), sides[-1], sides[-1])
+    scores, seen = StochasticDiscriminator(7, channels, size)(latents, features)
     assert scores.shape == (2,)
     assert seen.shape == (2, 7)
 
@@ -72,71 +78,73 @@ def test_too_small_patches_are_refused():
 def test_every_number_of_the_noise_has_its_place():
     generator = StochasticGenerator(FEATURES, CHANNELS, SIZE)
     with torch.no_grad():
-        for block in generator.blocks:
+        for block in generator.latents.blocks:
             block.strength.fill_(0.5)
-        generator.strength.fill_(0.5)
     noise = torch.randn(1, generator.noise_size, requires_grad=True)
-    generator(torch.randn(1, FEATURES), noise).square().sum().backward()
+    drawn = generator(torch.randn(1, FEATURES), noise)
+    assert (drawn > 0).all()  # where it is limited to 0 noise has no say
+    drawn.square().sum().backward()
     assert (noise.grad != 0).all()
 
 
-def test_scores_depend_on_both_patch_and_features():
-    torch.manual_seed(0)
-    discriminator = StochasticDiscriminator(FEATURES, CHANNELS, SIZE)
-    cells = batch()
-    scores, seen = discriminator(cells.original, cells.features)
-    others, same = discriminator(cells.original, cells.features.flip(0))
+def test_scores_depend_on_both_latents_and_features():
+    tested, cells = recipe(), batch()
+    latents = latents_of(tested, cells)
+    scores, seen = tested.discriminator(latents, cells.features)
+    others, same = tested.discriminator(latents, cells.features.flip(0))
     assert (scores != others).all()
     assert torch.equal(seen, same)
 
 
 def test_first_losses_are_those_of_the_papers():
-    setting = {"penalty": 3.0, "penalty_every": 4, "pixel": 0.01, "regression": 0.25}
+    setting = {"penalty": 3.0, "penalty_every": 4, "latent": 0.01, "regression": 0.25}
     tested, cells = recipe(**setting), batch()
-    generator, discriminator = copy.deepcopy((tested.generator, tested.discriminator))
+    original = latents_of(tested, cells)
+    generator, discriminator = copy.deepcopy((tested.generator.latents, tested.discriminator))
     noise = torch.randn(8, generator.noise_size, generator=torch.Generator().manual_seed(0))
     drawn = generator(cells.features, noise)
-    real, seen = discriminator(cells.original, cells.features)
+    real, seen = discriminator(original, cells.features)
     fake, _ = discriminator(drawn, cells.features)
     steepness = 0.0
-    for patches in (cells.original, drawn.detach()):
-        patches = patches.clone().requires_grad_()
-        scores, _ = discriminator(patches, cells.features)
+    for latents in (original, drawn.detach()):
+        latents = latents.clone().requires_grad_()
+        scores, _ = discriminator(latents, cells.features)
         for i, score in enumerate(scores):  # cell by cell
-            (gradient,) = torch.autograd.grad(score, patches, retain_graph=True)
+            (gradient,) = torch.autograd.grad(score, latents, retain_graph=True)
             steepness += float(gradient[i].square().sum()) / 8
     found = tested.step(cells, 0, alone)
     torch.testing.assert_close(found["L_Dis"], softplus(fake - real).mean().detach())
     torch.testing.assert_close(found["L_features"], 0.5 * (seen - cells.features).square().mean())
     assert float(found["penalty"]) == pytest.approx(4 * steepness, rel=1e-4)
     torch.testing.assert_close(
-        found["L_MSE"], 0.5 * (drawn - cells.original).square().sum().detach() / 8
+        found["L_latent"], 0.5 * (drawn - original).square().sum().detach() / 8
     )
     assert float(tested.step(cells, 1, alone)["penalty"]) == 0
 
 
 def test_each_network_is_moved_by_the_other_as_it_was_before_the_step():
-    setting = {"penalty": 2.0, "penalty_every": 1, "pixel": 0.01, "regression": 0.25}
+    setting = {"penalty": 2.0, "penalty_every": 1, "latent": 0.01, "regression": 0.25}
     tested, cells = recipe(**setting), batch()
-    generator, discriminator = copy.deepcopy((tested.generator, tested.discriminator))
+    original = latents_of(tested, cells)
+    generator, discriminator = copy.deepcopy((tested.generator.latents, tested.discriminator))
     taken = []
     tested.step(cells, 0, lambda gradients: taken.append([g.clone() for g in gradients]))
     noise = torch.randn(8, generator.noise_size, generator=torch.Generator().manual_seed(0))
     drawn = generator(cells.features, noise)
-    real, seen = discriminator(cells.original, cells.features)
+    real, seen = discriminator(original, cells.features)
     fake, fake_seen = discriminator(drawn, cells.features)
     total = softplus(real - fake).mean() + 0.25 * 0.5 * (fake_seen - cells.features).square().mean()
-    total = total + 0.01 * 0.5 * (drawn - cells.original).square().sum() / 8
+    total = total + 0.01 * 0.5 * (drawn - original).square().sum() / 8
     for mine, theirs in zip(
         taken[1], torch.autograd.grad(total, list(generator.parameters())), strict=True
     ):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-6)
     fake, _ = discriminator(drawn.detach(), cells.features)
     total = softplus(fake - real).mean() + 0.25 * 0.5 * (seen - cells.features).square().mean()
-    for patches in (cells.original, drawn.detach()):
-        patches = patches.clone().requires_grad_()
-        scores, _ = discriminator(patches, cells.features)
-        (gradient,) = torch.autograd.grad(scores.sum(), patches, create_graph=True)
+    for latents in (original, drawn.detach()):
+        latents = latents.clone().requires_grad_()
+        scores, _ = discriminator(latents, cells.features)
+        (gradient,) = torch.autograd.grad(scores.sum(), latents, create_graph=True)
         total = total + gradient.square().sum() / 8
     own = torch.autograd.grad(total, list(discriminator.parameters()), allow_unused=True)
     for mine, theirs in zip(taken[0], own, strict=True):
@@ -155,32 +163,56 @@ def test_penalty_is_in_the_discriminators_gradient():
 
 
 def test_generator_is_pulled_towards_cells_features_and_reality_by_its_parts():
-    parts = ({"pixel": 0.0}, {"regression": 0.0}, {"draws": 2}, {})
+    parts = ({"latent": 0.0}, {"regression": 0.0}, {})
     taken = []
     for setting in parts:
         gradients = []
         recipe(**setting).step(batch(), 0, lambda g, kept=gradients: kept.append(g[0].clone()))
         taken.append(gradients[1])
-    assert all(not torch.equal(taken[i], taken[3]) for i in range(3))
+    assert all(not torch.equal(taken[i], taken[2]) for i in range(2))
 
 
 def test_averaged_generator_follows_slowly():
     tested = recipe(ema=0.5)
-    start = tested.averaged.to_pixels.weight.clone()
-    tested.step(batch(), 1000, alone)
-    expected = 0.5 * start + 0.5 * tested.generator.to_pixels.weight.detach()
-    torch.testing.assert_close(tested.averaged.to_pixels.weight, expected)
+    for step in range(20):  # in the beginning it follows faster
+        start = tested.averaged.latents.last.weight.clone()
+        tested.step(batch(), step, alone)
+    expected = 0.5 * start + 0.5 * tested.generator.latents.last.weight.detach()
+    torch.testing.assert_close(tested.averaged.latents.last.weight, expected)
+    assert tested.averaged.decoder is tested.generator.decoder
     assert tested.published()[0].keys() == tested.generator.state_dict().keys()
 
 
-def test_state_goes_on_exactly_where_it_was():
-    tested, other = recipe(), recipe()
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_state_goes_on_exactly_where_it_was(share):
+    tested, other = recipe(share), recipe(share)
     for step in range(3):
         tested.step(batch(step), step, alone)
     other.load_state({name: value.clone() for name, value in tested.state().items()})
     for one in (tested, other):
+        one.reached(0.6)
         one.step(batch(3), 3, alone)
     assert equal(tested.state(), other.state())
+
+
+def test_the_autoencoder_learns_first_and_alone_and_then_stays():
+    tested = recipe(share=0)
+    moved = []
+    for share in (0.0, 0.2, 0.25, 0.9):
+        before = {name: value.clone() for name, value in tested.state().items()}
+        tested.reached(share)
+        losses = tested.step(batch(), 0, alone)
+        after = tested.state()
+        parts = ("encoder.", "generator.decoder.", "generator.latents.", "discriminator.")
+        moved.append(
+            [
+                any(not torch.equal(before[n], after[n]) for n in before if n.startswith(p))
+                for p in parts
+            ]
+        )
+        assert ("L_KL" in losses) == (share < 0.25)
+        assert ("L_Dis" in losses) == (share >= 0.25)
+    assert moved == [[True, True, False, False]] * 2 + [[False, False, True, True]] * 2
 
 
 def test_another_seed_is_another_step():
@@ -192,8 +224,9 @@ def test_another_seed_is_another_step():
 
 
 def test_draws_learn_what_the_features_say_and_stay_different():
-    tested = recipe(learning_rate=1e-3, ema=0.9)
-    for step in range(150):
+    tested = recipe(learning_rate=1e-3, ema=0.9, autoencoder_rate=3e-3)
+    for step in range(350):
+        tested.reached(0.25 * step / 200 if step < 200 else 0.25 + 0.75 * (step - 200) / 150)
         tested.step(batch(step, 16), step, alone)
     features = torch.zeros(2, FEATURES)
     features[0, 0], features[1, 0] = -2, 2
@@ -218,30 +251,36 @@ def test_noise_and_draws_are_the_same_on_a_gpu():
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-2)
 
 
-def test_learning_rates_fall_in_a_line_over_the_last_share_of_the_training():
-    tested = recipe(learning_rate=0.1, cooldown=0.25)
+def rates(tested):
+    return [
+        group["lr"]
+        for one in (
+            tested.autoencoder_optimiser,
+            tested.generator_optimiser,
+            tested.discriminator_optimiser,
+        )
+        for group in one.param_groups
+    ]
 
-    def rates():
-        optimisers = (tested.generator_optimiser, tested.discriminator_optimiser)
-        return [group["lr"] for one in optimisers for group in one.param_groups]
 
-    for share, rate in [(0, 0.1), (0.75, 0.1), (0.875, 0.05), (1, 0), (1.2, 0), (0.5, 0.1)]:
+def test_learning_rates_fall_in_a_line_over_the_last_share_of_each_part():
+    tested = recipe(learning_rate=0.1, cooldown=0.25, autoencoder=0.2, autoencoder_rate=0.3)
+    for share, first, rate in [
+        (0, 0.3, 0.1),
+        (0.12, 0.3, 0.1),
+        (0.16, 0.15, 0.1),
+        (0.2, 0, 0.1),
+        (0.8, 0, 0.1),
+        (0.9, 0, 0.05),
+        (1, 0, 0),
+        (1.2, 0, 0),
+        (0.5, 0, 0.1),
+    ]:
         tested.reached(share)
-        assert rates() == pytest.approx([rate, rate])
+        assert rates(tested) == pytest.approx([first, rate, rate]), share
 
 
 def test_without_a_cooldown_the_rate_stays():
     tested = recipe(cooldown=0)
     tested.reached(1)
-    assert tested.generator_optimiser.param_groups[0]["lr"] == StochasticSetting().learning_rate
-
-
-def test_neighbouring_pixels_start_without_a_pattern_of_fours():
-    """Pixels of the four phases of a 2 × 2 grid are alike in the mean over many cells."""
-    torch.manual_seed(0)
-    generator = StochasticGenerator(FEATURES, 1, 68)
-    noise = torch.randn(64, generator.noise_size)
-    with torch.no_grad():
-        drawn = generator(torch.randn(64, FEATURES), noise)[:, 0, 8:60, 8:60].mean(dim=0)
-    phases = torch.stack([drawn[i::2, j::2].mean() for i in (0, 1) for j in (0, 1)])
-    assert float(phases.std()) < 0.02 * float(drawn.std())
+    assert rates(tested)[1:] == [StochasticSetting().learning_rate] * 2
