@@ -100,7 +100,13 @@ class Model:
         self.card, self.scaling, self.intensity, self.splits = card, scaling, intensity, splits
         self.config, self.hash, self._device = config, model_hash, device
         sizes = (len(scaling.features), len(card.channels), card.patch_size)
-        self._drawer = build_drawer(card.preset, sizes, weights, device=device, bf16=bf16)
+        try:
+            self._drawer = build_drawer(card.preset, sizes, weights, device=device, bf16=bf16)
+        except RuntimeError as error:  # what torch raises for names and shapes that do not fit
+            raise CheckpointError(
+                f"the weights do not fit the network of the preset {card.preset!r} as this version "
+                "has it (names or shapes differ): another version trained it; train it again"
+            ) from error
 
     @property
     def features(self) -> tuple[str, ...]:

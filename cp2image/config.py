@@ -205,6 +205,8 @@ class Config(Section):
                 chosen[section].pop(place, None)
             if isinstance(chosen[section].get("plates"), list):
                 del chosen[section]["plates"]
+            if chosen[section].get("preset") not in (None, "cp2image-s"):
+                chosen[section].pop("stochastic", None)  # other presets do not have it
             for later in _LATER.get(section, ()):
                 if chosen[section][later] is None:
                     del chosen[section][later]
@@ -212,7 +214,7 @@ class Config(Section):
         return sha256(text.encode()).hexdigest()[:16]
 
 
-_LATER = {"split": ("seed",), "train": ("beta",), "generate": ("by",)}
+_LATER = {"split": ("seed",), "scaling": ("by",), "train": ("beta",), "generate": ("by",)}
 """Settings that count only where they are set: what was made before they came stays valid."""
 _JOB_COPY = "/runtime_resources/working_dir_files/"
 _MODELS = ("models:/", "runs:/")

@@ -50,7 +50,7 @@ class Stochastic(Section):
     """Share of the training, its first, in which patches are learned: the autoencoder's."""
     autoencoder_rate: Amount = 1e-3
     """Learning rate meanwhile."""
-    divergence: NotNegative = 1.0
+    divergence: NotNegative = 4.0
     """Weight of the autoencoder's KL."""
     learning_rate: Amount = 4e-4
     """Of generator and discriminator afterwards."""
@@ -58,7 +58,7 @@ class Stochastic(Section):
     """Weight of half the squared distance between a cell's latents and its draw's."""
     regression: NotNegative = 1.0
     """Weight of the features as the discriminator reads them from latents."""
-    penalty: NotNegative = 0.3
+    penalty: NotNegative = 1.0
     """γ of the gradient penalties R1 + R2."""
     penalty_every: Positive = 8
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.999

@@ -264,6 +264,12 @@ def test_checkpoint_of_an_unknown_network_is_refused(copied):
         load_model(rewrite(copied, preset="transformer"))
 
 
+def test_weights_of_another_network_are_refused(copied):
+    rewrite(copied, preset="cp2image-s")
+    with pytest.raises(CheckpointError, match="do not fit the network of the preset 'cp2image-s'"):
+        load_model(str(copied))
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format_version": 1}'])
 def test_damaged_description_is_refused(copied, text):
     (copied / "checkpoint.json").write_text(text)

@@ -19,7 +19,9 @@ def test_the_log_scale_is_undone_and_limited():
     values = torch.linspace(0, 1, 1001)
     scaled = to_log(values)
     assert (float(scaled[0]), float(scaled[-1])) == pytest.approx((-1, 1), abs=1e-6)
-    np.testing.assert_allclose(scaled, 2 * np.log1p(values.numpy() / 0.02) / np.log(51) - 1, atol=1e-6)
+    np.testing.assert_allclose(
+        scaled, 2 * np.log1p(values.numpy() / 0.02) / np.log(51) - 1, atol=1e-6
+    )
     torch.testing.assert_close(from_log(scaled), values, rtol=1e-5, atol=1e-6)
     assert from_log(torch.tensor([-1.5, 1.5])).tolist() == [0, 1]
 
