@@ -1,7 +1,7 @@
 """A trained model as one versioned folder. Floor: above storage, data and models.
 
 ``weights.safetensors`` holds the generator, ``discriminator.safetensors`` the critic,
-``scaling.safetensors`` the per-plate scaling; ``checkpoint.json`` (written last, so that a folder
+``scaling.safetensors`` the scaling; ``checkpoint.json`` (written last, so that a folder
 without it is no checkpoint) the ordered features, channels, normalisation and splits;
 ``config.yaml`` the resolved experiment. Nothing that is loaded can execute code.
 """
@@ -100,13 +100,7 @@ class Model:
         self.card, self.scaling, self.intensity, self.splits = card, scaling, intensity, splits
         self.config, self.hash, self._device = config, model_hash, device
         sizes = (len(scaling.features), len(card.channels), card.patch_size)
-        try:
-            self._drawer = build_drawer(card.preset, sizes, weights, device=device, bf16=bf16)
-        except RuntimeError as error:  # what torch raises for names and shapes that do not fit
-            raise CheckpointError(
-                f"the weights do not fit the network of the preset {card.preset!r} as this version "
-                "has it (names or shapes differ): another version trained it; train it again"
-            ) from error
+        self._drawer = build_drawer(card.preset, sizes, weights, device=device, bf16=bf16)
 
     @property
     def features(self) -> tuple[str, ...]:

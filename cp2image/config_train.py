@@ -23,7 +23,7 @@ class Split(Section):
 
 
 class Scaling(Section):
-    """Feature selection and per-plate scaling against the negative control."""
+    """Feature selection and scaling against the negative control."""
 
     by: Literal["plate", "screen"] | None = None
     """``plate``: each plate's features by its own controls; ``screen``: all alike, by the controls
@@ -47,7 +47,8 @@ class Stochastic(Section):
     """What the training of ``cp2image-s`` is made of; 0 switches a loss off."""
 
     autoencoder: Annotated[float, Field(gt=0, lt=1)] = 0.25
-    """Share of the training, its first, in which patches are learned: the autoencoder's."""
+    """Share of the training, its first, in which patches are learned: the autoencoder's. Where a
+    finished run is given more steps, it learns again for that share of them."""
     autoencoder_rate: Amount = 1e-3
     """Learning rate meanwhile."""
     divergence: NotNegative = 4.0

@@ -19,7 +19,7 @@ from cp2image.checkpoint import ModelCard, save_checkpoint
 from cp2image.config import Config
 from cp2image.data.balance import TreatmentSampler
 from cp2image.data.schema import PatchFormat
-from cp2image.errors import DivergenceError
+from cp2image.errors import DivergenceError, TrainingError
 from cp2image.figures.patches import figure_pairs
 from cp2image.metrics.validation import ValidationScores
 from cp2image.models.data_parallel import average_over_ranks
@@ -162,7 +162,8 @@ class TrainingLoop:
                 if self.step % settings.log_every == 0 or last:
                     last = self._is_over(progress.seconds)
                     self._log(progress)
-                if self.step % settings.validate_every == 0 or last:
+                due = self.step % settings.validate_every == 0 and self._recipe.ready
+                if due or last:
                     self._average_statistics()
                     metrics = self._validate()
                     numbers = {"step": self.step, "train_seconds": progress.seconds}
@@ -183,7 +184,7 @@ class TrainingLoop:
         if self._rank == 0:
             values |= {"train/cells_per_s": rate, "train/waiting_share": progress.waiting_share}
             self._plan.recorder.metrics(values, self.step)
-            self._logged = values
+            self._logged |= values
             self._show(values, progress.seconds)
 
     def _batch(self, step: int) -> Batch:
@@ -313,6 +314,13 @@ class TrainingLoop:
         self.step, self._seconds = int(about["step"]), float(about["seconds"])
 
     def _finish(self, metrics: dict[str, float], seconds: float) -> None:
+        if not self._recipe.ready:
+            raise TrainingError(
+                f"training ended after {self.step:,} steps and its generator has learned nothing "
+                "yet: the autoencoder's share (train.stochastic.autoencoder) took them all; give "
+                "more train.steps or train.minutes, or look at the clock more often "
+                "(train.log_every)"
+            )
         plan, (generator, discriminator) = self._plan, self._recipe.published()
         shape, preparation = plan.patch_format, plan.preparation
         notes = {

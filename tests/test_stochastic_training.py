@@ -1,15 +1,19 @@
 """cp2image-s through the training loop, the checkpoint and the model that draws."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 
 import cp2image
 from cp2image.config import Config
-from cp2image.errors import ConfigError
+from cp2image.errors import ConfigError, TrainingError
 from cp2image.models.stochastic_recipe import StochasticRecipe
+from cp2image.training_loop import TrainingLoop
 from tests.training_experiments import (
     assert_same_weights,
+    cells_of,
     experiment,
     plan_of,
     run_loop,
@@ -86,13 +90,16 @@ def test_cells_of_the_same_profile_differ(model):
     assert len({patch.tobytes() for patch in drawn}) == len(same)
 
 
-def test_an_interrupted_run_ends_as_an_undisturbed_one(tmp_path, cells, trained, monkeypatch):
-    """While it cools down, too: the learning rates go on where they were."""
+@pytest.mark.parametrize("killed", [1, 3, 4, STEPS - 2])
+def test_an_interrupted_run_ends_as_an_undisturbed_one(
+    tmp_path, cells, trained, monkeypatch, killed
+):
+    """While the autoencoder learns, where that ends, and while learning rates fall."""
     config = settings(tmp_path / "run", cells)
     step = StochasticRecipe.step
 
     def dying(self, batch, number, average):
-        if number == STEPS - 2:
+        if number == killed:
             raise InterruptedError
         return step(self, batch, number, average)
 
@@ -102,6 +109,22 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(tmp_path, cells, trained,
             run_loop(plan_of(config))
     run_loop(plan_of(config))
     assert_same_weights(config, trained)
+
+
+def test_nothing_is_validated_before_there_is_an_adversary(tmp_path, cells):
+    """Latents are not drawn from features while the autoencoder learns: a quarter of the steps."""
+    plan = plan_of(settings(tmp_path / "run", cells, validate_every=1))
+    reports = []
+    TrainingLoop(plan, *cells_of(plan)).run(reports.append)
+    assert [report["step"] for report in reports] == list(range(4, STEPS + 1))
+    assert all(report["validation/L_MSE"] > 0 for report in reports)
+
+
+def test_a_training_that_ends_before_the_generator_learned_is_not_published(tmp_path, cells):
+    config = settings(tmp_path / "run", cells, steps=1)
+    with pytest.raises(TrainingError, match="learned nothing yet: the autoencoder's share"):
+        run_loop(plan_of(config))
+    assert not Path(config.train.output, "checkpoint.json").exists()
 
 
 def test_the_learning_rates_end_near_zero(tmp_path, cells):

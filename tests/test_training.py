@@ -174,12 +174,14 @@ def run_two_ranks(ray, plan, shares, meeting):
     return ray.get([remote.remote(rank) for rank in range(2)], timeout=120)
 
 
+@pytest.mark.parametrize("preset", ["paper", "cp2image-s"])
 def test_two_ranks_end_with_the_same_weights_those_of_averaged_gradients(
-    tmp_path, cells, ray_session
+    tmp_path, cells, ray_session, preset
 ):
     """Oracle: two recipes side by side in this process, whose gradients are averaged by hand."""
     steps = 6
-    config = experiment(tmp_path, cells, steps=steps, workers=2)
+    chosen = {"paper": {}, "cp2image-s": {"learning_rate": None, "gamma_ramp": 2500}}[preset]
+    config = experiment(tmp_path, cells, steps=steps, workers=2, preset=preset, **chosen)
     plan = plan_of(config)
     tables = tables_of(plan)
     shares = [cells_of(plan, rank, 2, tables) for rank in range(2)]
@@ -199,6 +201,7 @@ def test_two_ranks_end_with_the_same_weights_those_of_averaged_gradients(
             barrier.wait()
 
         for step in range(steps):
+            loops[rank].recipe.reached(step / steps)
             loops[rank].recipe.step(loops[rank]._batch(step), step, average)
 
     threads = [threading.Thread(target=averaged_by_hand, args=(rank,)) for rank in range(2)]

@@ -3,8 +3,8 @@
 ``per_patch_max`` (the paper's) divides each patch and channel by its own maximum: absolute
 brightness is lost. ``plate_percentile`` maps a plate's percentiles of each channel to 0 and 1:
 brightness is comparable within a plate, and how plates differ is lost. ``screen_percentile`` maps
-those of all training plates together, for every plate alike: nothing is lost, and a plate needs no
-pixels of its own.
+those of all training plates together, for every plate alike: how they differ stays, and a plate
+needs no pixels of its own.
 """
 
 from collections.abc import Sequence

@@ -222,8 +222,11 @@ class Scaling:
         Raises
         ------
         DatasetError
-            If the plate is there already or the columns do not fit.
+            If the plate is there already, plates are not scaled by themselves, or the columns do
+            not fit.
         """
+        if not self.per_plate:
+            raise DatasetError(f"plate {plate!r}: this scaling is the whole screen's (scaling.by)")
         if plate in self.plates:
             raise DatasetError(f"plate {plate!r} has a scaling already; use it or another name")
         _check_width(controls, self.features, plate)

@@ -2,9 +2,9 @@
 
 A variational autoencoder (Kingma and Welling, ICLR 2014) whose decoder says for each pixel how
 much of it is noise (the learned variance of Rybkin et al., ICML 2021, here pixel by pixel). All is
-done on a logarithmic scale of intensity: camera noise is about as wide in dark as in bright places
-there, and a dark background counts as much as a bright cell. Convolutions see 2 × 2 pixels as
-channels of one point; maps of latents have a quarter of the patch's side.
+done on a logarithmic scale of intensity, where a dark background counts as much as a bright cell.
+Convolutions see 2 × 2 pixels as channels of one point; maps of latents have a quarter of the
+patch's side.
 """
 
 import math

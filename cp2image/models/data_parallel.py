@@ -10,8 +10,11 @@ from torch import Tensor
 def average_over_ranks(tensors: Sequence[Tensor]) -> None:
     """Replace tensors by their means over all ranks, in one all-reduce.
 
-    The process group must be up; every rank calls this with the same shapes.
+    The process group must be up; every rank calls this with the same shapes. Of none, nothing is
+    asked of the others.
     """
+    if not tensors:
+        return
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()

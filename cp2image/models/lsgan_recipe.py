@@ -37,6 +37,7 @@ class LsganRecipe:
     """
 
     needs_real = False
+    ready = True
 
     def __init__(
         self,

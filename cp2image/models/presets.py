@@ -5,6 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from cp2image.errors import CheckpointError
 from cp2image.models.cp2image import Generator
 from cp2image.models.folded_generator import FoldedGenerator
 from cp2image.models.keyed_noise import keyed_normal
@@ -83,6 +84,11 @@ def build_drawer(
         Where it draws.
     bf16
         Draw in bfloat16.
+
+    Raises
+    ------
+    CheckpointError
+        If the weights are another network's.
     """
     return _BUILDERS[preset](sizes, weights, device, bf16)
 
@@ -91,7 +97,7 @@ def _paper(
     sizes: tuple[int, int, int], weights: dict[str, Tensor], device: str, bf16: bool
 ) -> Drawer:
     trained = Generator(*sizes)
-    trained.load_state_dict(weights)
+    _fill(trained, weights)
     folded = FoldedGenerator(trained.eval(), _kind(bf16)).to(device)
 
     def draw(features: Tensor, keys: Tensor, seed: int, images: Tensor | None = None) -> Tensor:
@@ -105,7 +111,7 @@ def _stochastic(
     sizes: tuple[int, int, int], weights: dict[str, Tensor], device: str, bf16: bool
 ) -> Drawer:
     generator = StochasticGenerator(*sizes)
-    generator.load_state_dict(weights)
+    _fill(generator, weights)
     _place(generator, device)
 
     def draw(features: Tensor, keys: Tensor, seed: int, images: Tensor | None = None) -> Tensor:
@@ -121,7 +127,7 @@ def _vae(
     sizes: tuple[int, int, int], weights: dict[str, Tensor], device: str, bf16: bool
 ) -> Drawer:
     trained = Vae(*sizes[1:])
-    trained.load_state_dict(weights)
+    _fill(trained, weights)
     decoder = FoldedGenerator(trained.eval().decoder, _kind(bf16)).to(device)
     encoder = trained.encoder
     _place(encoder, device)
@@ -142,7 +148,7 @@ def _lsgan(
     sizes: tuple[int, int, int], weights: dict[str, Tensor], device: str, bf16: bool
 ) -> Drawer:
     generator = LsganGenerator(*sizes[1:])
-    generator.load_state_dict(weights)
+    _fill(generator, weights)
     _place(generator, device)
 
     def draw(features: Tensor, keys: Tensor, seed: int, images: Tensor | None = None) -> Tensor:
@@ -161,6 +167,16 @@ _BUILDERS = {
     VAE_PLUS: _vae,
     LSGAN: _lsgan,
 }
+
+
+def _fill(network: nn.Module, weights: dict[str, Tensor]) -> None:
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:  # what torch raises for names and shapes that do not fit
+        raise CheckpointError(
+            f"the weights do not fit {type(network).__name__} as this version has it (names or "
+            "shapes differ): another version trained it; train it again"
+        ) from error
 
 
 def _kind(bf16: bool) -> torch.dtype:

@@ -48,9 +48,15 @@ class Recipe(Protocol):
     ----------
     needs_real
         Whether a step needs a second draw of patches.
+    ready
+        Whether draws say anything yet; before, there is nothing to validate.
     """
 
     needs_real: bool
+
+    @property
+    def ready(self) -> bool:
+        """See the class."""
 
     def step(self, batch: Batch, step: int, average: Average) -> dict[str, Tensor]:
         """Train on one batch; return named losses as scalars."""
@@ -109,6 +115,7 @@ class PaperRecipe:
     """
 
     needs_real = True
+    ready = True
     decay = 1e-4
 
     def __init__(

@@ -109,6 +109,11 @@ class StochasticRecipe:
         )
         self.reached(0.0)
 
+    @property
+    def ready(self) -> bool:
+        """Whether the generator has learned at all; before, draws say nothing of features."""
+        return self._followed > 0
+
     def reached(self, share: float) -> None:
         """Set the learning rates by the share of the training that is done, 0 to 1."""
         setting, self._share = self.setting, share

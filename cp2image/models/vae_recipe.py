@@ -47,6 +47,7 @@ class VaeRecipe:
     """
 
     needs_real = False
+    ready = True
     decay = PaperRecipe.decay
 
     def __init__(

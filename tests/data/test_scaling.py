@@ -130,6 +130,8 @@ def test_a_screen_is_scaled_alike_by_all_plates_controls():
     assert own.takes(10)
     assert not own.takes(9)
     assert not screen.takes(1_000)
+    with pytest.raises(DatasetError, match="whole screen's"):
+        screen.with_plate("C", plate_values(3))
     again = Scaling.from_tensors(screen.to_tensors(), screen.describe())
     assert not again.per_plate
     older = {k: v for k, v in own.describe().items() if k != "per_plate"}

@@ -172,6 +172,29 @@ def test_generator_is_pulled_towards_cells_features_and_reality_by_its_parts():
     assert all(not torch.equal(taken[i], taken[2]) for i in range(2))
 
 
+def test_kl_counts_as_much_as_it_is_said_to():
+    taken = []
+    for divergence in (1.0, 4.0, 7.0):
+        gradients = []
+        one = recipe(share=0, divergence=divergence)
+        one.step(batch(), 0, lambda g, kept=gradients: kept.append([v.clone() for v in g]))
+        taken.append(torch.cat([v.flatten() for v in gradients[0]]))
+    torch.testing.assert_close(taken[2] - taken[1], taken[1] - taken[0], rtol=1e-3, atol=1e-6)
+    assert (taken[1] - taken[0]).abs().max() > 1e-4
+
+
+def test_bf16_is_what_the_networks_run_in():
+    for share in (0.0, 0.5):
+        torch.manual_seed(0)
+        low = StochasticRecipe(FEATURES, CHANNELS, SIZE, bf16=True)
+        low.reached(share)
+        full = recipe(share)
+        found, expected = (one.step(batch(), 0, alone) for one in (low, full))
+        for name, value in expected.items():
+            assert float(found[name]) != float(value)
+            assert float(found[name]) == pytest.approx(float(value), rel=0.05)
+
+
 def test_averaged_generator_follows_slowly():
     tested = recipe(ema=0.5)
     for step in range(20):  # in the beginning it follows faster
