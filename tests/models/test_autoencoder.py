@@ -71,4 +71,4 @@ def test_the_decoder_learns_how_wide_the_noise_is():
         mean, log_deviation = decoder(encoder(values)[0])
     found = log_deviation.exp().mean(dim=(0, 2, 3))
     assert found.tolist() == pytest.approx([0.15, 0.5], rel=0.3)
-    assert mean.mean(dim=(1, 2, 3)).tolist() == pytest.approx([-0.4, 0.4], abs=0.1)
+    assert mean.mean(dim=(1, 2, 3)).tolist() == pytest.approx([-0.4, 0.4], abs=0.2)
