@@ -159,8 +159,7 @@ class StochasticRecipe:
     ) -> dict[str, Tensor]:
         """Update the autoencoder by the evidence bound, a pixel's share of it."""
         values = to_log(batch.original)
-        with torch.no_grad():
-            shape = self._latent_shape(len(values))
+        shape = self._latent_shape(len(values))
         noise = torch.randn(shape, generator=random, device=self._device)
         with self._autocast():
             misfit, divergence, decoded = evidence(
