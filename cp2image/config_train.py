@@ -49,15 +49,15 @@ class Stochastic(Section):
     autoencoder: Annotated[float, Field(gt=0, lt=1)] = 0.25
     """Share of the training, its first, in which patches are learned: the autoencoder's. Where a
     finished run is given more steps, it learns again for that share of them."""
-    autoencoder_rate: Amount = 1e-3
+    autoencoder_rate: Amount = 2e-3
     """Learning rate meanwhile."""
-    divergence: NotNegative = 4.0
+    divergence: NotNegative = 1.0
     """Weight of the autoencoder's KL."""
     learning_rate: Amount = 4e-4
     """Of generator and discriminator afterwards."""
     latent: NotNegative = 3e-4
     """Weight of half the squared distance between a cell's latents and its draw's."""
-    regression: NotNegative = 1.0
+    regression: NotNegative = 6.0
     """Weight of the features as the discriminator reads them from latents."""
     penalty: NotNegative = 1.0
     """γ of the gradient penalties R1 + R2."""
@@ -104,7 +104,7 @@ class Train(Section):
     """Stop after this many minutes of training even if ``steps`` are not reached."""
     batch_size: Positive | None = None
     """Cells per step over all workers. None: as many as treatments, the paper's 104; 64 for
-    ``lsgan``; for ``cp2image-s`` 4, or 64 on a GPU: on CPUs many small steps go furthest."""
+    ``lsgan``; for ``cp2image-s`` 8, or 64 on a GPU: on CPUs many small steps go furthest."""
     balance: Literal["treatment", "cell"] = "treatment"
     """Draw every treatment alike (the paper's way), or every cell alike: better where many
     treatments have a handful of cells, which would be seen again and again."""
@@ -136,7 +136,7 @@ class Train(Section):
 
     def cells_per_step(self, treatments: int) -> int:
         """Cells per step over all workers, the preset's own where none is set."""
-        own = {"cp2image-s": 64 if self.gpu else 4, "lsgan": 64}.get(self.preset, treatments)
+        own = {"cp2image-s": 64 if self.gpu else 8, "lsgan": 64}.get(self.preset, treatments)
         return self.batch_size or max(own, self.workers)
 
     @property

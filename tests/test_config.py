@@ -317,8 +317,8 @@ def test_settings_of_the_other_preset_are_refused(train, name):
     ("train", "cells"),
     [
         ({"preset": "paper"}, 104),
-        ({"preset": "cp2image-s"}, 4),
-        ({"preset": "cp2image-s", "workers": 8}, 8),
+        ({"preset": "cp2image-s"}, 8),
+        ({"preset": "cp2image-s", "workers": 12}, 12),
         ({"preset": "cp2image-s", "gpu": True}, 64),
         ({"preset": "cp2image-s", "batch_size": 30}, 30),
     ],

@@ -7,7 +7,8 @@ latents lie, not how pixels do. Group norm is modulated by features and noise (F
 Perez et al., AAAI 2018), a noise map enters before every activation with a learned strength per
 channel (StyleGAN, Karras et al., CVPR 2019). The discriminator compares latents with features by
 projection (Miyato and Koyama, ICLR 2018) and predicts the features (as the auxiliary classifier of
-Odena et al., ICML 2017, with numbers for classes).
+Odena et al., ICML 2017, with numbers for classes), for which it also sees how bright and how varied
+every stage's channels are: many features are such means over a cell.
 """
 
 from itertools import pairwise
@@ -26,6 +27,7 @@ _SLOPE = 0.2
 _EMBEDDING, _STYLE = 256, 192
 _FIRST, _WIDTH = 64, 96
 """Channels of the coarse map, and after it was doubled."""
+_READING = 512
 _SEEN = (64, 128)
 """Channels of the discriminator's stages; the last is kept where there are more."""
 _COARSEST, _LAST = 12, 5
@@ -204,16 +206,30 @@ class StochasticDiscriminator(nn.Module):
             nn.LeakyReLU(_SLOPE),
             nn.Linear(_EMBEDDING, _EMBEDDING),
         )
-        self.regression = nn.Linear(_EMBEDDING, features)
+        summed_up = widths[-1] * side**2 + 2 * sum(widths[1:])
+        self.regression = nn.Sequential(
+            nn.Linear(summed_up, _READING),
+            nn.LeakyReLU(_SLOPE),
+            nn.Linear(_READING, features),
+        )
 
     def forward(self, latents: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         """Return scores, (N,), and the features predicted from the latents alone, (N, p)."""
         x, texture = latents, torch.zeros(len(latents), device=latents.device)
+        summary: list[Tensor] = []
         for layer, convolution in enumerate(self.convolutions):
             x = leaky_relu(cast(Tensor, convolution(x)), _SLOPE)
             if layer % 2:
                 texture = texture + self.local[layer // 2](x).mean(dim=(1, 2, 3))
+                summary += [x.mean(dim=(2, 3)), _deviation(x)]
                 x = avg_pool2d(x, 2)
-        seen = leaky_relu(self.flat(x.flatten(1)), _SLOPE)
+        flat = x.flatten(1)
+        seen = leaky_relu(self.flat(flat), _SLOPE)
         match = (seen * self.embedding(features)).sum(dim=1) / _EMBEDDING**0.5
-        return self.score(seen).flatten() + match + texture, self.regression(seen)
+        read: Tensor = self.regression(torch.cat([flat, *summary], dim=1))
+        return self.score(seen).flatten() + match + texture, read
+
+
+def _deviation(maps: Tensor) -> Tensor:
+    """Standard deviation of each channel over its points, (N, C), smooth where it is 0."""
+    return (maps.var(dim=(2, 3)) + 1e-4).sqrt()

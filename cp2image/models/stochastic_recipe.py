@@ -46,11 +46,11 @@ class StochasticSetting:
     """
 
     autoencoder: float = 0.25
-    autoencoder_rate: float = 1e-3
-    divergence: float = 4.0
+    autoencoder_rate: float = 2e-3
+    divergence: float = 1.0
     learning_rate: float = 4e-4
     latent: float = 3e-4
-    regression: float = 1.0
+    regression: float = 6.0
     penalty: float = 1.0
     penalty_every: int = 8
     ema: float = 0.999

@@ -96,6 +96,28 @@ def test_scores_depend_on_both_latents_and_features():
     assert torch.equal(seen, same)
 
 
+def test_features_are_read_from_how_bright_and_how_varied_maps_are():
+    judge = StochasticDiscriminator(FEATURES, CHANNELS, SIZE)
+    latents = torch.randn(1, latent_channels(CHANNELS), 5, 5)
+    flat = judge.flat.in_features
+    with torch.no_grad():
+        for part in (judge.regression[0].weight[:, :flat], judge.regression[0].bias):
+            part.zero_()  # neither where something is nor a constant counts any more
+    _, seen = judge(latents, torch.zeros(1, FEATURES))
+    _, brighter = judge(latents + 1, torch.zeros(1, FEATURES))
+    _, flatter = judge(latents.mean(dim=(2, 3), keepdim=True).expand_as(latents), seen)
+    assert not torch.allclose(seen, brighter)
+    assert not torch.allclose(seen, flatter)
+
+
+def test_an_even_map_has_a_finite_gradient():
+    latents = torch.zeros(1, latent_channels(CHANNELS), 5, 5, requires_grad=True)
+    _, seen = StochasticDiscriminator(FEATURES, CHANNELS, SIZE)(latents, torch.ones(1, FEATURES))
+    seen.square().sum().backward()
+    assert latents.grad is not None
+    assert latents.grad.isfinite().all()
+
+
 def test_first_losses_are_those_of_the_papers():
     setting = {"penalty": 3.0, "penalty_every": 4, "latent": 0.01, "regression": 0.25}
     tested, cells = recipe(**setting), batch()
