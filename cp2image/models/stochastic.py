@@ -231,5 +231,5 @@ class StochasticDiscriminator(nn.Module):
 
 
 def _deviation(maps: Tensor) -> Tensor:
-    """Standard deviation of each channel over its points, (N, C), smooth where it is 0."""
+    """Return the standard deviation of each channel over its points, (N, C), smooth at 0."""
     return (maps.var(dim=(2, 3)) + 1e-4).sqrt()
