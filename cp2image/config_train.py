@@ -116,7 +116,8 @@ class Train(Section):
     threads: Positive | None = None
     """Torch threads per worker; None: the CPUs divided by the workers."""
     gpu: bool = False
-    bf16: bool = False
+    bf16: bool | None = None
+    """Run the networks in bfloat16. None: only ``cp2image-s``, on CPUs that multiply in it."""
     max_failures: Count = 3
     validate_every: Positive = 1000
     validation_cells: Positive = 1000

@@ -17,11 +17,13 @@ from torch import Tensor
 
 from cp2image.checkpoint import ModelCard, save_checkpoint
 from cp2image.config import Config
+from cp2image.config_train import Train
 from cp2image.data.balance import TreatmentSampler
 from cp2image.data.schema import PatchFormat
 from cp2image.errors import DivergenceError, TrainingError
 from cp2image.figures.patches import figure_pairs
 from cp2image.metrics.validation import ValidationScores
+from cp2image.models.bfloat16 import multiplies_bfloat16
 from cp2image.models.data_parallel import average_over_ranks
 from cp2image.models.losses import pixel_loss
 from cp2image.models.lsgan_recipe import LEARNING_RATE, LsganRecipe
@@ -330,6 +332,7 @@ class TrainingLoop:
             "treatments": len(preparation.treatments),
             "fingerprint": plan.fingerprint,
             "seconds": seconds,
+            "bf16": _in_bf16(plan.config.train, self._device),
             "cells_seen": self.step * self._sampler.batch_size,
             "wanted": [plan.config.train.steps, plan.config.train.minutes],
             "sees": list(sees(plan.config.train.preset, image=True)),
@@ -352,7 +355,7 @@ class TrainingLoop:
 def _build_recipe(plan: TrainingPlan, features: int, device: torch.device) -> Recipe:
     settings, shape = plan.config.train, plan.patch_format
     channels, side = len(shape.channels), shape.size
-    common: dict[str, Any] = {"bf16": settings.bf16, "device": device}
+    common: dict[str, Any] = {"bf16": _in_bf16(settings, device), "device": device}
     if settings.preset == STOCHASTIC:
         made_of = StochasticSetting(**settings.stochastic.model_dump())
         return StochasticRecipe(features, channels, side, setting=made_of, **common)
@@ -369,6 +372,13 @@ def _build_recipe(plan: TrainingPlan, features: int, device: torch.device) -> Re
     if settings.preset == VAE_PLUS:
         return VaePlusRecipe(channels, side, beta=_given(settings.beta, BETA_PLUS), **common)
     return PaperRecipe(features, channels, side, **common)
+
+
+def _in_bf16(settings: Train, device: torch.device) -> bool:
+    """Return what is asked for; by default `Train.bf16` of the preset."""
+    if settings.bf16 is not None:
+        return settings.bf16
+    return settings.preset == STOCHASTIC and multiplies_bfloat16(device)
 
 
 def _given(value: float | None, own: float) -> float:

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 import cp2image
 from cp2image.config import Config
@@ -145,3 +146,27 @@ def test_parts_can_be_switched_off(tmp_path, cells, trained):
 def test_settings_that_make_no_sense_are_refused(tmp_path, cells):
     with pytest.raises((ConfigError, ValueError), match="ema"):
         settings(tmp_path / "x", cells, stochastic={"ema": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "asked", "found"),
+    [
+        ({"avx512_bf16": True}, None, True),
+        ({"amx_bf16": True}, None, True),
+        ({"avx512_f": True, "amx_bf16": False}, None, False),
+        ({"avx512_bf16": True}, False, False),
+        ({}, True, True),
+    ],
+)
+def test_bf16_by_itself_where_the_processor_multiplies_in_it(
+    tmp_path, cells, monkeypatch, capabilities, asked, found
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    plan = plan_of(settings(tmp_path / "run", cells, bf16=asked))
+    assert TrainingLoop(plan, *cells_of(plan)).recipe.bf16 is found
+
+
+def test_the_published_network_stays_in_float32(tmp_path, cells, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    plan = plan_of(experiment(tmp_path / "run", cells))
+    assert TrainingLoop(plan, *cells_of(plan)).recipe.bf16 is False
