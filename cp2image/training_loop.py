@@ -1,12 +1,9 @@
 """What each Ray Train worker does: step, validate, save. Floor: beside training."""
 
 import json
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Self
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,24 +14,21 @@ from torch import Tensor
 
 from cp2image.checkpoint import ModelCard, save_checkpoint
 from cp2image.config import Config
-from cp2image.config_train import Train
 from cp2image.data.balance import TreatmentSampler
 from cp2image.data.schema import PatchFormat
 from cp2image.errors import DivergenceError, TrainingError
 from cp2image.figures.patches import figure_pairs
 from cp2image.metrics.validation import ValidationScores
-from cp2image.models.bfloat16 import multiplies_bfloat16
 from cp2image.models.data_parallel import average_over_ranks
 from cp2image.models.losses import pixel_loss
-from cp2image.models.lsgan_recipe import LEARNING_RATE, LsganRecipe
-from cp2image.models.presets import LSGAN, STOCHASTIC, VAE, VAE_PLUS, sees
-from cp2image.models.recipe import OPTIMISERS, Batch, PaperRecipe, Recipe
-from cp2image.models.stochastic_recipe import StochasticRecipe, StochasticSetting
-from cp2image.models.vae_recipe import BETA, BETA_PLUS, VaePlusRecipe, VaeRecipe
+from cp2image.models.presets import sees
+from cp2image.models.recipe import Batch, Recipe
 from cp2image.profiles import Preparation
 from cp2image.storage import delete_tree, join, list_files, read_bytes, write_bytes
 from cp2image.tracking import Recorder
 from cp2image.training_cells import CellArrays, load_cells
+from cp2image.training_progress import BatchesAhead, Progress
+from cp2image.training_recipes import build_recipe, in_bf16
 
 STATES = "_resume"
 """Folder below a checkpoint with the states an interrupted run goes on from.
@@ -123,7 +117,9 @@ class TrainingLoop:
             treatments, size, seed, rank=rank, world=world, treatments_in_all=count
         )
         torch.manual_seed(seed)  # the same weights on every rank
-        self._recipe = _build_recipe(plan, train.features.shape[1], self._device)
+        self._recipe = build_recipe(
+            settings, plan.patch_format, train.features.shape[1], self._device
+        )
         self.step, self._seconds, self._time_used = 0, 0.0, 0.0
         self._floor = _mean_image_loss(validation)
         self._scores = self._score_by() if rank == 0 else None
@@ -150,10 +146,10 @@ class TrainingLoop:
         """
         settings = self._plan.config.train
         self._resume()
-        progress = _Progress(self._seconds)
+        progress = Progress(self._seconds)
         metrics: dict[str, float] = {}
         last = self._is_over(self._seconds)
-        with _Ahead(self._batch, self.step) as ahead:
+        with BatchesAhead(self._batch, self.step) as ahead:
             while not last:
                 with progress.waiting():
                     batch = ahead.take()
@@ -176,7 +172,7 @@ class TrainingLoop:
         if self._rank == 0:
             self._finish(metrics or self._validate(), progress.seconds)
 
-    def _log(self, progress: "_Progress") -> None:
+    def _log(self, progress: "Progress") -> None:
         """Record the mean losses of all ranks since the last time."""
         names, losses = progress.take()
         self._average([losses])
@@ -332,7 +328,7 @@ class TrainingLoop:
             "treatments": len(preparation.treatments),
             "fingerprint": plan.fingerprint,
             "seconds": seconds,
-            "bf16": _in_bf16(plan.config.train, self._device),
+            "bf16": in_bf16(plan.config.train, self._device),
             "cells_seen": self.step * self._sampler.batch_size,
             "wanted": [plan.config.train.steps, plan.config.train.minutes],
             "sees": list(sees(plan.config.train.preset, image=True)),
@@ -350,102 +346,6 @@ class TrainingLoop:
             discriminator=discriminator,
             config=plan.config.yaml(),
         )
-
-
-def _build_recipe(plan: TrainingPlan, features: int, device: torch.device) -> Recipe:
-    settings, shape = plan.config.train, plan.patch_format
-    channels, side = len(shape.channels), shape.size
-    common: dict[str, Any] = {"bf16": _in_bf16(settings, device), "device": device}
-    if settings.preset == STOCHASTIC:
-        made_of = StochasticSetting(**settings.stochastic.model_dump())
-        return StochasticRecipe(features, channels, side, setting=made_of, **common)
-    if settings.preset == LSGAN:
-        rate = settings.learning_rate or LEARNING_RATE
-        return LsganRecipe(channels, side, learning_rate=rate, **common)
-    setting = OPTIMISERS[settings.optimiser]
-    if settings.learning_rate is not None:
-        setting = replace(setting, generator=settings.learning_rate)
-    common["setting"] = setting
-    if settings.preset == VAE:
-        return VaeRecipe(channels, side, beta=_given(settings.beta, BETA), **common)
-    common |= {"gamma": settings.gamma, "gamma_ramp": settings.gamma_ramp}
-    if settings.preset == VAE_PLUS:
-        return VaePlusRecipe(channels, side, beta=_given(settings.beta, BETA_PLUS), **common)
-    return PaperRecipe(features, channels, side, **common)
-
-
-def _in_bf16(settings: Train, device: torch.device) -> bool:
-    """Return what is asked for; by default `Train.bf16` of the preset."""
-    if settings.bf16 is not None:
-        return settings.bf16
-    return settings.preset == STOCHASTIC and multiplies_bfloat16(device)
-
-
-def _given(value: float | None, own: float) -> float:
-    return own if value is None else value
-
-
-class _Ahead:
-    """Makes the next step's batch in a thread while the present one is trained on."""
-
-    def __init__(self, make: Callable[[int], Batch], step: int) -> None:
-        self._make, self._step = make, step
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
-        self._next = self._thread.submit(make, step)
-
-    def take(self) -> Batch:
-        """Return the next batch and begin with the one after it."""
-        batch = self._next.result()
-        self._step += 1
-        self._next = self._thread.submit(self._make, self._step)
-        return batch
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """End the thread; a batch that nobody took is dropped."""
-        self._thread.shutdown(cancel_futures=True)
-
-
-class _Progress:
-    """Seconds and losses between two lines of the log, without waiting for a GPU's results."""
-
-    def __init__(self, seconds: float) -> None:
-        self._before, self._started = seconds, time.monotonic()
-        self._waited = 0.0
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
-
-    @property
-    def seconds(self) -> float:
-        """Training time, that of interrupted runs before this one included."""
-        return self._before + time.monotonic() - self._started
-
-    @property
-    def waiting_share(self) -> float:
-        """Share of this run's time spent on waiting for cells."""
-        return self._waited / (time.monotonic() - self._started)
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Count the time of the block as waiting."""
-        before = time.monotonic()
-        yield
-        self._waited += time.monotonic() - before
-
-    def add(self, losses: dict[str, Tensor]) -> None:
-        """Add one step's losses."""
-        for name, value in losses.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-            self._counts[name] = self._counts.get(name, 0) + 1
-
-    def take(self) -> tuple[list[str], Tensor]:
-        """Return the losses' names and their means since the last call, each over its steps."""
-        names = list(self._sums)
-        means = torch.stack([self._sums[name] / self._counts[name] for name in names])
-        self._sums, self._counts = {}, {}
-        return names, means
 
 
 def _mean_image_loss(cells: CellArrays) -> float:
