@@ -28,6 +28,7 @@ _EMBEDDING, _STYLE = 256, 192
 _FIRST, _WIDTH = 64, 96
 """Channels of the coarse map, and after it was doubled."""
 _READING = 512
+"""Width of the hidden layer that features are read by."""
 _SEEN = (64, 128)
 """Channels of the discriminator's stages; the last is kept where there are more."""
 _COARSEST, _LAST = 12, 5
