@@ -96,18 +96,20 @@ def test_scores_depend_on_both_latents_and_features():
     assert torch.equal(seen, same)
 
 
-def test_features_are_read_from_how_bright_and_how_varied_maps_are():
+@pytest.mark.parametrize("left_out", ["means", "spreads"])
+def test_features_are_read_from_how_bright_and_how_varied_maps_are(left_out):
     judge = StochasticDiscriminator(FEATURES, CHANNELS, SIZE)
     latents = torch.randn(1, latent_channels(CHANNELS), 5, 5)
-    flat = judge.flat.in_features
+    reading, flat = judge.regression[0], judge.flat.in_features
+    half = (reading.in_features - flat) // 2  # one stage: its means, then its spreads
+    columns = {"means": slice(0, flat + half), "spreads": slice(0, flat)}[left_out]
     with torch.no_grad():
-        for part in (judge.regression[0].weight[:, :flat], judge.regression[0].bias):
-            part.zero_()  # neither where something is nor a constant counts any more
+        reading.weight[:, columns] = 0  # nor does it count where something is
+        if left_out == "spreads":
+            reading.weight[:, flat + half :] = 0
     _, seen = judge(latents, torch.zeros(1, FEATURES))
-    _, brighter = judge(latents + 1, torch.zeros(1, FEATURES))
-    _, flatter = judge(latents.mean(dim=(2, 3), keepdim=True).expand_as(latents), seen)
-    assert not torch.allclose(seen, brighter)
-    assert not torch.allclose(seen, flatter)
+    _, other = judge(3 * latents + 1, torch.zeros(1, FEATURES))
+    assert not torch.allclose(seen, other)
 
 
 def test_an_even_map_has_a_finite_gradient():
