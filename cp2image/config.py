@@ -102,10 +102,11 @@ class Config(Section):
         folder = self.run.folder
         measures = not self.prepare.tables
         cells = join(folder, "measured" if measures else "cells")
+        measured = "turned" if self.measure.turned else "measured"
         filled = {
             "simulate": {"output": join(folder, "simulated")},
             "prepare": {"output": join(folder, "cells")},
-            "measure": {"input": join(folder, "cells"), "output": join(folder, "measured")},
+            "measure": {"input": join(folder, "cells"), "output": join(folder, measured)},
             "train": {"input": cells, "output": join(folder, "checkpoint")},
             "generate": {
                 "input": cells,
@@ -201,7 +202,7 @@ class Config(Section):
             if section not in chosen:
                 known = list(Config.model_fields)
                 raise ConfigError(f"no section {section!r} in a config{nearest(section, known)}")
-            for place in ("input", "output", "checkpoint"):
+            for place in ("input", "output", "checkpoint", "turned"):
                 chosen[section].pop(place, None)
             if isinstance(chosen[section].get("plates"), list):
                 del chosen[section]["plates"]
@@ -223,7 +224,7 @@ _PATHS = {
     "simulate": ["output"],
     "prepare": ["tables", "images", "output"],
     "measure": ["input", "output"],
-    "train": ["input", "output"],
+    "train": ["input", "output", "turned"],
     "generate": ["input", "checkpoint", "output"],
     "evaluate": ["real", "generated", "output", "checkpoint", "inception_weights"],
     "compare": ["output"],

@@ -103,3 +103,5 @@ class Measure(Section):
     compartments: list[str] = ["Nuclei", "Cells", "Cytoplasm"]
     nucleus_channel: str | None = None
     """None: the first channel."""
+    turned: bool = False
+    """Measure the patches' seven other orientations, for ``train.turned``."""

@@ -85,6 +85,9 @@ class Train(Section):
 
     input: str = ""
     output: str = ""
+    turned: str = ""
+    """The same cells turned and mirrored, as jobs/measure.py with measure.turned makes them: each
+    cell is seen in all eight orientations. Worth it where cells are seen many times."""
     preset: Literal["paper", "cp2image-s", "vae", "vaeplus", "lsgan"] = "paper"
     """``paper`` is the published network; ``cp2image-s`` draws one of the cells that a profile
     allows, see `Stochastic`. ``vae`` and ``vaeplus`` see the image, ``lsgan`` noise alone."""

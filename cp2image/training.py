@@ -26,6 +26,7 @@ from cp2image.storage import delete_tree, exists, filesystem, join, read_bytes, 
 from cp2image.tracking import log_model, record
 from cp2image.training_cells import TrainingRead
 from cp2image.training_loop import STATES, TrainingPlan, adopt_state, read_state, run_worker
+from cp2image.training_turns import TurnedRead, open_turned
 
 _FREE = (
     "steps",
@@ -38,6 +39,7 @@ _FREE = (
     "max_failures",
     "input",
     "output",
+    "turned",
 )
 """Settings that may change between an interrupted run and its resumption; the data may move."""
 _READ_CPUS = 0.1
@@ -110,11 +112,19 @@ _ALONE = Place()
 
 
 def fingerprint(config: Config, dataset: CellDataset) -> str:
-    """Return a hash of all that shapes the weights: settings but not their amount, and the data."""
+    """Return a hash of all that shapes the weights: settings but not their amount, and the data.
+
+    Raises
+    ------
+    DatasetError
+        If ``train.turned`` does not go with the dataset.
+    """
     train = config.train.model_copy(update=dict.fromkeys(_FREE))
     parts = sorted((m.plate, m.fingerprint, m.rows) for m in dataset.manifests.values())
     settings = config.model_copy(update={"train": train})
     text = settings.fingerprint("train", "split", "scaling") + repr((config.run.seed, parts))
+    for one in _turned(config, dataset):
+        text += repr(sorted(manifest.identity for manifest in one.manifests.values()))
     return sha256(text.encode()).hexdigest()[:16]
 
 
@@ -267,6 +277,10 @@ def _refusal(error: BaseException) -> Cp2ImageError | None:
     return None
 
 
+def _turned(config: Config, dataset: CellDataset) -> list[CellDataset]:
+    return open_turned(config.train.turned, dataset) if config.train.turned else []
+
+
 def _fit(plan: TrainingPlan, dataset: CellDataset, place: Place) -> None:
     settings = plan.config.train
     cpus = ray.cluster_resources().get("CPU", 1.0) * place.share
@@ -277,7 +291,10 @@ def _fit(plan: TrainingPlan, dataset: CellDataset, place: Place) -> None:
         gpus = ray.cluster_resources().get("GPU", 1.0) * place.share
         resources["GPU"] = min(1.0, gpus / settings.workers) if place.share < 1 else 1.0
     threads = settings.threads or max(1, int(cpus // settings.workers))
-    cells = read_cells(dataset, plan.preparation, plan.config)
+    read = {"cells": read_cells(dataset, plan.preparation, plan.config)}
+    turned = _turned(plan.config, dataset)
+    if turned:
+        read["turned"] = read_turned(turned, plan.preparation, plan.config)
     with _scratch(settings.output) as (files, path):
         trainer = TorchTrainer(
             run_worker,
@@ -292,7 +309,7 @@ def _fit(plan: TrainingPlan, dataset: CellDataset, place: Place) -> None:
                 failure_config=FailureConfig(max_failures=settings.max_failures),
                 callbacks=[_StopOnRefusal(), *place.callbacks],
             ),
-            datasets={"cells": cells},
+            datasets=read,
             dataset_config=DataConfig(datasets_to_split=[]),
         )
         try:
@@ -304,10 +321,26 @@ def _fit(plan: TrainingPlan, dataset: CellDataset, place: Place) -> None:
 
 def read_cells(dataset: CellDataset, preparation: Preparation, config: Config) -> ray.data.Dataset:
     """Return the cells to train and validate on as Ray Data reads them, see `TrainingRead`."""
-    cpus = max(1, int(ray.cluster_resources().get("CPU", 1.0)) // config.train.workers)
-    threads = min(_READ_THREADS, cpus)
+    threads = min(_READ_THREADS, _reading_cpus(config))
     read = TrainingRead(dataset, preparation, config.cluster.cells_per_task, threads)
-    count, tasks = len(read.ranges), cpus // threads
+    return _stream(read, config, threads)
+
+
+def read_turned(
+    datasets: Sequence[CellDataset], preparation: Preparation, config: Config
+) -> ray.data.Dataset:
+    """Return the other orientations of the cells to train on, see `TurnedRead`."""
+    read = TurnedRead(datasets, preparation, config.cluster.cells_per_task)
+    return _stream(read, config, 1)
+
+
+def _reading_cpus(config: Config) -> int:
+    return max(1, int(ray.cluster_resources().get("CPU", 1.0)) // config.train.workers)
+
+
+def _stream(read: TrainingRead | TurnedRead, config: Config, threads: int) -> ray.data.Dataset:
+    """Let tasks of so many threads read the ranges, several each."""
+    count, tasks = len(read.ranges), _reading_cpus(config) // threads
     blocks = min(count, max(tasks, count // _RANGES_PER_TASK))
     rows = ray.data.from_items([{"id": i} for i in range(count)], override_num_blocks=blocks)
     cells = rows.map_batches(

@@ -202,8 +202,7 @@ def load_cells(
     TrainingError
         If this worker gets no cells.
     """
-    known = preparation.keys[TRAIN]
-    mine = known[known % np.uint64(world) == rank]
+    mine = worker_keys(preparation, rank, world)
     if not len(mine):
         raise TrainingError(
             f"worker {rank} of {world} has no training cells; use fewer workers "
@@ -216,6 +215,12 @@ def load_cells(
             part.add(table)
     train, validation = (part.finish() for part in parts)
     return train, validation
+
+
+def worker_keys(preparation: Preparation, rank: int, world: int) -> NDArray[np.uint64]:
+    """Return the sorted keys of the training cells that belong to a worker, uint64."""
+    known = preparation.keys[TRAIN]
+    return known[known % np.uint64(world) == rank]
 
 
 class _Gathering:

@@ -26,9 +26,10 @@ from cp2image.models.recipe import Batch, Recipe
 from cp2image.profiles import Preparation
 from cp2image.storage import delete_tree, join, list_files, read_bytes, write_bytes
 from cp2image.tracking import Recorder
-from cp2image.training_cells import CellArrays, load_cells
+from cp2image.training_cells import CellArrays, load_cells, worker_keys
 from cp2image.training_progress import BatchesAhead, Progress
 from cp2image.training_recipes import build_recipe, in_bf16
+from cp2image.training_turns import TurnedCells, add_turned
 
 STATES = "_resume"
 """Folder below a checkpoint with the states an interrupted run goes on from.
@@ -88,6 +89,10 @@ def run_worker(settings: dict[str, Any]) -> None:
         world=world,
         validation_cells=plan.config.train.validation_cells,
     )
+    if plan.config.train.turned:
+        shard = ray.train.get_dataset_shard("turned")
+        tables = shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+        train = add_turned(train, tables, worker_keys(plan.preparation, rank, world))
     loop = TrainingLoop(plan, train, validation, rank, world, device)
     group = ray.util.get_current_placement_group()
     place = {"placement_group": group.id.hex() if group else ""}  # to free it, if need be
@@ -100,7 +105,7 @@ class TrainingLoop:
     def __init__(
         self,
         plan: TrainingPlan,
-        train: CellArrays,
+        train: CellArrays | TurnedCells,
         validation: CellArrays,
         rank: int = 0,
         world: int = 1,

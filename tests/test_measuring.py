@@ -5,10 +5,11 @@ import pandas as pd
 import pytest
 
 from cp2image.config import Config
+from cp2image.data.orientations import turn
 from cp2image.data.schema import PatchFormat, build_table
 from cp2image.dataset import open_dataset
 from cp2image.errors import DatasetError, MeasurementError
-from cp2image.measuring import measure_dataset
+from cp2image.measuring import measure_dataset, measure_turned
 from cp2image.metrics.measurement import measure
 from cp2image.publication import Outcome, publish
 from cp2image.staging import stage_plate
@@ -25,6 +26,7 @@ def draw_patches(numbers):
         if number not in EMPTY:
             patch[0][yy**2 + xx**2 < (5 + number / 4) ** 2] = 20_000 + 1000 * number
             patch[1][yy**2 + xx**2 < 14**2] = 9_000
+            patch[1][4:14, 8:20] += 500 * number  # so that it matters how a patch lies
     return patches
 
 
@@ -91,3 +93,32 @@ def test_cells_that_were_prepared_anew_are_not_mixed_with_measurements_of_the_ol
     manifest.write_text(manifest.read_text().replace('"mark"', '"another"'))
     with pytest.raises(DatasetError, match="plate 'P1', written with another input"):
         measure_dataset(config_of(folder))
+
+
+def test_the_other_orientations_are_measured_each_a_dataset_with_the_same_cells(folder, capsys):
+    """A patch that is bright on one side tells which way it was turned."""
+    settings = {"families": ["Intensity", "Location"]}
+    measure_dataset(config_of(folder, **settings))
+    result = measure_turned(
+        config_of(folder, **settings, turned=True, output=str(folder / "turned"))
+    )
+    assert [one.totals["out"] for one in result.orientations] == [8] * 7
+    assert str(result).count("8 of 10 cells") == 7
+    assert "orientation 7 of 7" in capsys.readouterr().out
+    upright = open_dataset(str(folder / "measured"))
+    for orientation in range(1, 8):
+        dataset = open_dataset(str(folder / "turned" / str(orientation)))
+        cells = pd.read_parquet(dataset.uri).sort_values("Metadata_ObjectNumber")
+        numbers = cells["Metadata_ObjectNumber"].tolist()
+        patches = turn(draw_patches(numbers), orientation)
+        expected = measure(patches, channels=FORMAT.channels, families=settings["families"])
+        np.testing.assert_allclose(cells[dataset.features], expected.astype(np.float32))
+        assert cells["patch"].tolist() == [patch.tobytes() for patch in patches]
+        for name in ("fingerprint", "input"):  # so that training can tell that they belong together
+            assert getattr(dataset.manifests["P1"], name) == getattr(upright.manifests["P1"], name)
+
+
+def test_the_other_orientations_go_to_a_folder_of_their_own():
+    config = Config.model_validate({"measure": {"turned": True}, "run": {"folder": "a"}})
+    assert config.resolve().measure.output == "a/turned"
+    assert config.resolve().train.input == "a/measured"

@@ -125,8 +125,9 @@ def cells_of(plan, rank=0, world=1, tables=None, validation_cells=1000):
     )
 
 
-def run_loop(plan):
+def run_loop(plan, turned_rows=None):
     train_cells, validation = cells_of(plan)
+    train_cells = train_cells if turned_rows is None else turned_rows(plan)
     torch.set_num_threads(1)
     loop = TrainingLoop(plan, train_cells, validation)
     loop.run(lambda metrics: None)
