@@ -20,7 +20,8 @@ from cp2image.config_errors import explain
 from cp2image.dataset import open_dataset
 from cp2image.errors import ConfigError
 from cp2image.evaluation import evaluate, refuse_few
-from cp2image.evaluation_sets import check_weights, patches_of
+from cp2image.evaluation_sets import patches_of
+from cp2image.evaluation_workers import check_weights
 from cp2image.figures.canvas import save
 from cp2image.figures.patches import figure_rows
 from cp2image.generation import generate, require_features

@@ -24,7 +24,8 @@ from cp2image.dataset import CellDataset, open_dataset
 from cp2image.errors import EvaluationError
 from cp2image.evaluation_distances import describe_beside
 from cp2image.evaluation_scores import Copies, score_sets
-from cp2image.evaluation_sets import EvaluationSet, check_weights, gather_cells, patches_of
+from cp2image.evaluation_sets import EvaluationSet, gather_cells, patches_of
+from cp2image.evaluation_workers import check_weights
 from cp2image.figures.canvas import save
 from cp2image.figures.confusion import confusion_matrix
 from cp2image.figures.curves import best_features, correlation_boxes, correlation_curve

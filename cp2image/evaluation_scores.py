@@ -219,7 +219,9 @@ def consistency(
         known = np.isfinite(stack).all(axis=0)
         variance = np.where(known, stack.var(axis=0, ddof=1), 0).sum(axis=0) / known.sum(axis=0)
         there = np.isfinite(truth)
-        cells = np.std(truth, axis=0, where=there)
+        count = there.sum(axis=0)  # of a feature that no cell has, nothing is known: NaN
+        centre = np.where(there, truth, 0).sum(axis=0) / count
+        cells = np.sqrt(np.where(there, (truth - centre) ** 2, 0).sum(axis=0) / count)
         mean, own = stack.mean(axis=0), truth[rows]
         both = known & np.isfinite(own)
         r = [

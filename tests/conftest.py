@@ -58,7 +58,7 @@ def run_inline():
 
     def apply(monkeypatch):
         monkeypatch.setattr(publication, "_map", run)
-        monkeypatch.setattr(evaluation_sets, "_Workers", Inline)
+        monkeypatch.setattr(evaluation_sets, "Workers", Inline)
         monkeypatch.setattr(ray, "is_initialized", lambda: True)
 
     return apply
