@@ -7,8 +7,9 @@ latents lie, not how pixels do. Group norm is modulated by features and noise (F
 Perez et al., AAAI 2018), a noise map enters before every activation with a learned strength per
 channel (StyleGAN, Karras et al., CVPR 2019). The discriminator compares latents with features by
 projection (Miyato and Koyama, ICLR 2018) and predicts the features (as the auxiliary classifier of
-Odena et al., ICML 2017, with numbers for classes), for which it also sees how bright and how varied
-every stage's channels are: many features are such means over a cell.
+Odena et al., ICML 2017, with numbers for classes). For these it also sees how bright and how varied
+every stage's channels are, over the patch and within compartments that it learns to outline, as
+CellProfiler's features are means over compartments, and where a point lies.
 """
 
 from itertools import pairwise
@@ -29,6 +30,8 @@ _FIRST, _WIDTH = 64, 96
 """Channels of the coarse map, and after it was doubled."""
 _READING = 512
 """Width of the hidden layer that features are read by."""
+_COMPARTMENTS = 6
+"""Soft masks at each stage, within which channels are summed up."""
 _SEEN = (64, 128)
 """Channels of the discriminator's stages; the last is kept where there are more."""
 _COARSEST, _LAST = 12, 5
@@ -185,21 +188,29 @@ class StochasticDiscriminator(nn.Module):
     """Latents and features to a score, and the features as they are seen in the latents.
 
     Stages of two 3 × 3 convolutions with LeakyReLU(0.2) and average pooling, without batch norm:
-    gradient penalties are taken cell by cell. The score is that of the whole map, plus how well
+    gradient penalties are taken cell by cell. Beside the latents they see where a point lies:
+    across, down, and how far from the centre. The score is that of the whole map, plus how well
     features match, plus the means of scores at the points of every stage, which see texture only.
+    Features are read from the last map and from mean and standard deviation of every stage's
+    channels, over the patch and within the stage's compartments.
     """
+
+    where: Tensor
 
     def __init__(self, features: int, channels: int = 3, patch_size: int = 68) -> None:
         super().__init__()
-        side, widths = map_sides(patch_size)[-1], [latent_channels(channels)]
+        side, widths = map_sides(patch_size)[-1], [latent_channels(channels) + 3]
+        self.register_buffer("where", _where(side), persistent=False)
         while side > _LAST or len(widths) == 1:
             widths.append(_SEEN[min(len(widths), len(_SEEN)) - 1])
             side //= 2
         self.convolutions, self.local = nn.ModuleList(), nn.ModuleList()
+        self.compartments = nn.ModuleList()
         for inputs, outputs in pairwise(widths):
             self.convolutions.append(nn.Conv2d(inputs, outputs, 3, padding=1))
             self.convolutions.append(nn.Conv2d(outputs, outputs, 3, padding=1))
             self.local.append(nn.Conv2d(outputs, 1, 1))
+            self.compartments.append(nn.Conv2d(outputs, _COMPARTMENTS, 1))
         self.flat = nn.Linear(widths[-1] * side**2, _EMBEDDING)
         self.score = nn.Linear(_EMBEDDING, 1)
         self.embedding = nn.Sequential(
@@ -207,8 +218,9 @@ class StochasticDiscriminator(nn.Module):
             nn.LeakyReLU(_SLOPE),
             nn.Linear(_EMBEDDING, _EMBEDDING),
         )
-        summed_up = widths[-1] * side**2 + 2 * sum(widths[1:])
+        summed_up = widths[-1] * side**2 + 2 * (1 + _COMPARTMENTS) * sum(widths[1:])
         self.regression = nn.Sequential(
+            nn.LayerNorm(summed_up),
             nn.Linear(summed_up, _READING),
             nn.LeakyReLU(_SLOPE),
             nn.Linear(_READING, features),
@@ -216,13 +228,16 @@ class StochasticDiscriminator(nn.Module):
 
     def forward(self, latents: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         """Return scores, (N,), and the features predicted from the latents alone, (N, p)."""
-        x, texture = latents, torch.zeros(len(latents), device=latents.device)
+        x = torch.cat([latents, self.where.expand(len(latents), -1, -1, -1)], dim=1)
+        texture = torch.zeros(len(latents), device=latents.device)
         summary: list[Tensor] = []
         for layer, convolution in enumerate(self.convolutions):
             x = leaky_relu(cast(Tensor, convolution(x)), _SLOPE)
             if layer % 2:
-                texture = texture + self.local[layer // 2](x).mean(dim=(1, 2, 3))
-                summary += [x.mean(dim=(2, 3)), _deviation(x)]
+                stage = layer // 2
+                texture = texture + self.local[stage](x).mean(dim=(1, 2, 3))
+                masks = self.compartments[stage](x).sigmoid()
+                summary += [x.mean(dim=(2, 3)), _deviation(x), _within(masks, x)]
                 x = avg_pool2d(x, 2)
         flat = x.flatten(1)
         seen = leaky_relu(self.flat(flat), _SLOPE)
@@ -234,3 +249,20 @@ class StochasticDiscriminator(nn.Module):
 def _deviation(maps: Tensor) -> Tensor:
     """Return the standard deviation of each channel over its points, (N, C), smooth at 0."""
     return (maps.var(dim=(2, 3)) + 1e-4).sqrt()
+
+
+def _within(masks: Tensor, maps: Tensor) -> Tensor:
+    """Return mean and deviation of each channel within each soft mask, (N, 2 · M · C), float32."""
+    with torch.autocast(maps.device.type, enabled=False):  # a difference of squares follows
+        weights, values = masks.float().flatten(2), maps.float().flatten(2).transpose(1, 2)
+        weights = weights / (weights.sum(dim=2, keepdim=True) + 1e-3)
+        mean = weights @ values
+        variance = (weights @ values.square() - mean.square()).clamp_min(0)
+        return torch.cat([mean, (variance + 1e-4).sqrt()], dim=1).flatten(1)
+
+
+def _where(side: int) -> Tensor:
+    """Return where points lie, −1 to 1 across and down, and how far from the centre, (1, 3, …)."""
+    line = torch.linspace(-1, 1, side)
+    down, across = torch.meshgrid(line, line, indexing="ij")
+    return torch.stack([across, down, torch.hypot(across, down)])[None]

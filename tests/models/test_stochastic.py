@@ -96,20 +96,34 @@ def test_scores_depend_on_both_latents_and_features():
     assert torch.equal(seen, same)
 
 
-@pytest.mark.parametrize("left_out", ["means", "spreads"])
-def test_features_are_read_from_how_bright_and_how_varied_maps_are(left_out):
+def test_features_are_read_from_how_bright_and_how_varied_maps_are_in_each_compartment():
     judge = StochasticDiscriminator(FEATURES, CHANNELS, SIZE)
-    latents = torch.randn(1, latent_channels(CHANNELS), 5, 5)
-    reading, flat = judge.regression[0], judge.flat.in_features
-    half = (reading.in_features - flat) // 2  # one stage: its means, then its spreads
-    columns = {"means": slice(0, flat + half), "spreads": slice(0, flat)}[left_out]
-    with torch.no_grad():
-        reading.weight[:, columns] = 0  # nor does it count where something is
-        if left_out == "spreads":
-            reading.weight[:, flat + half :] = 0
-    _, seen = judge(latents, torch.zeros(1, FEATURES))
-    _, other = judge(3 * latents + 1, torch.zeros(1, FEATURES))
-    assert not torch.allclose(seen, other)
+    maps: list[torch.Tensor] = []
+    judge.convolutions[1].register_forward_hook(lambda *call: maps.append(call[2]))
+    judge.regression = torch.nn.Identity()
+    latents = torch.randn(2, latent_channels(CHANNELS), 5, 5)
+    _, summary = judge(latents, torch.zeros(2, FEATURES))
+    found = torch.nn.functional.leaky_relu(maps[0], 0.2)
+    masks = torch.sigmoid(judge.compartments[0](found))
+    for cell in range(2):
+        expected = [found[cell].mean(dim=(1, 2)), found[cell].std(dim=(1, 2))]
+        pixels = found[cell].flatten(1)
+        weights = [mask.flatten() / mask.sum() for mask in masks[cell]]
+        means = [(pixels * weight).sum(dim=1) for weight in weights]
+        expected += means
+        for mean, weight in zip(means, weights, strict=True):
+            expected.append(((pixels - mean[:, None]) ** 2 * weight).sum(dim=1).sqrt())
+        part = summary[cell, judge.flat.in_features :]
+        torch.testing.assert_close(part, torch.cat(expected), atol=2e-3, rtol=2e-3)
+
+
+def test_the_discriminator_sees_where_a_point_lies():
+    judge = StochasticDiscriminator(FEATURES, CHANNELS, SIZE)
+    across, down, away = judge.where[0]
+    assert (across[0, 0], across[0, -1]) == (-1, 1) == (down[0, 0], down[-1, 0])
+    assert away[2, 2] == 0
+    assert away[0, 0] == pytest.approx(2**0.5)
+    assert "where" not in judge.state_dict()
 
 
 def test_an_even_map_has_a_finite_gradient():
