@@ -59,6 +59,8 @@ class Stochastic(Section):
     """Weight of half the squared distance between a cell's latents and its draw's."""
     regression: NotNegative = 6.0
     """Weight of the features as the discriminator reads them from latents."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    """Share of what features are read from that is left out in each step."""
     penalty: NotNegative = 1.0
     """γ of the gradient penalties R1 + R2."""
     penalty_every: Positive = 8

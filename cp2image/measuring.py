@@ -107,7 +107,11 @@ class _Measure:
     """Measures one range of cells, in one orientation."""
 
     def __init__(
-        self, config: Config, patch_format: PatchFormat, metadata: list[str], orientation: int
+        self,
+        config: Config,
+        patch_format: PatchFormat,
+        metadata: list[str],
+        orientation: int = 0,
     ) -> None:
         self._settings, self._format = config.measure, patch_format
         self._columns, self._orientation = [*metadata, PATCH], orientation

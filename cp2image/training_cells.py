@@ -220,7 +220,8 @@ def load_cells(
 def worker_keys(preparation: Preparation, rank: int, world: int) -> NDArray[np.uint64]:
     """Return the sorted keys of the training cells that belong to a worker, uint64."""
     known = preparation.keys[TRAIN]
-    return known[known % np.uint64(world) == rank]
+    mine: NDArray[np.uint64] = known[known % np.uint64(world) == rank]
+    return mine
 
 
 class _Gathering:

@@ -81,6 +81,7 @@ def run_worker(settings: dict[str, Any]) -> None:
     torch.set_num_threads(settings["threads"])
     shard = ray.train.get_dataset_shard("cells")
     tables = shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+    train: CellArrays | TurnedCells
     train, validation = load_cells(
         tables,
         plan.preparation,

@@ -218,16 +218,33 @@ class StochasticDiscriminator(nn.Module):
             nn.LeakyReLU(_SLOPE),
             nn.Linear(_EMBEDDING, _EMBEDDING),
         )
-        summed_up = widths[-1] * side**2 + 2 * (1 + _COMPARTMENTS) * sum(widths[1:])
+        self.summed_up = widths[-1] * side**2 + 2 * (1 + _COMPARTMENTS) * sum(widths[1:])
+        self.norm = nn.LayerNorm(self.summed_up)
         self.regression = nn.Sequential(
-            nn.LayerNorm(summed_up),
-            nn.Linear(summed_up, _READING),
+            nn.Linear(self.summed_up, _READING),
             nn.LeakyReLU(_SLOPE),
             nn.Linear(_READING, features),
         )
 
-    def forward(self, latents: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Return scores, (N,), and the features predicted from the latents alone, (N, p)."""
+    def forward(
+        self, latents: Tensor, features: Tensor, kept: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Judge latents.
+
+        Parameters
+        ----------
+        latents
+            (N, latents, side, side).
+        features
+            Scaled, (N, p).
+        kept
+            Factors for what features are read from, (N, summed_up): dropout; None: all is kept.
+
+        Returns
+        -------
+        tuple of Tensor
+            Scores, (N,), and the features as predicted from the latents alone, (N, p).
+        """
         x = torch.cat([latents, self.where.expand(len(latents), -1, -1, -1)], dim=1)
         texture = torch.zeros(len(latents), device=latents.device)
         summary: list[Tensor] = []
@@ -242,7 +259,8 @@ class StochasticDiscriminator(nn.Module):
         flat = x.flatten(1)
         seen = leaky_relu(self.flat(flat), _SLOPE)
         match = (seen * self.embedding(features)).sum(dim=1) / _EMBEDDING**0.5
-        read: Tensor = self.regression(torch.cat([flat, *summary], dim=1))
+        summed_up = self.norm(torch.cat([flat, *summary], dim=1))
+        read: Tensor = self.regression(summed_up if kept is None else summed_up * kept)
         return self.score(seen).flatten() + match + texture, read
 
 

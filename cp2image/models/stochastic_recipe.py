@@ -34,6 +34,8 @@ class StochasticSetting:
         Weight of ½ Σ (latent − drawn latent)², the mean over cells.
     regression
         Weight of ½ Σ (feature − feature as predicted from the latents)² / p.
+    dropout
+        Share of what the discriminator reads features from that is left out, each time another.
     penalty
         γ of R1 + R2: γ/2 · |∇ score|², for real and for generated latents.
     penalty_every
@@ -51,6 +53,7 @@ class StochasticSetting:
     learning_rate: float = 4e-4
     latent: float = 3e-4
     regression: float = 6.0
+    dropout: float = 0.3
     penalty: float = 1.0
     penalty_every: int = 8
     ema: float = 0.999
@@ -187,8 +190,10 @@ class StochasticRecipe:
         drawn = self._draw(features, random)
         seen_draw = drawn.detach().requires_grad_()
         with self._autocast():
-            score, seen = self.discriminator(real, features)
-            fake_score, fake_seen = self.discriminator(seen_draw, features)
+            score, seen = self.discriminator(real, features, self._kept(random, real))
+            fake_score, fake_seen = self.discriminator(
+                seen_draw, features, self._kept(random, real)
+            )
         difference = score.float() - fake_score.float()
         loss, adversarial = softplus(-difference).mean(), softplus(difference).mean()
         regression = _distance(seen, features)
@@ -207,6 +212,15 @@ class StochasticRecipe:
         losses = {"L_latent": latent, "L_generator": adversarial, "L_Dis": loss}
         losses |= {"L_features": regression, "penalty": steepness}
         return {name: value.detach() for name, value in losses.items()}
+
+    def _kept(self, random: torch.Generator, latents: Tensor) -> Tensor | None:
+        """Draw dropout's factors, (N, summed_up)."""
+        share = self.setting.dropout
+        if not share:
+            return None
+        shape = (len(latents), self.discriminator.summed_up)
+        kept = torch.rand(shape, generator=random, device=self._device) >= share
+        return kept / (1 - share)
 
     def _latent_shape(self, cells: int) -> tuple[int, ...]:
         side = self.generator.latents.sides[-1]

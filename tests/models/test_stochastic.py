@@ -100,7 +100,7 @@ def test_features_are_read_from_how_bright_and_how_varied_maps_are_in_each_compa
     judge = StochasticDiscriminator(FEATURES, CHANNELS, SIZE)
     maps: list[torch.Tensor] = []
     judge.convolutions[1].register_forward_hook(lambda *call: maps.append(call[2]))
-    judge.regression = torch.nn.Identity()
+    judge.norm = judge.regression = torch.nn.Identity()
     latents = torch.randn(2, latent_channels(CHANNELS), 5, 5)
     _, summary = judge(latents, torch.zeros(2, FEATURES))
     found = torch.nn.functional.leaky_relu(maps[0], 0.2)
@@ -126,6 +126,33 @@ def test_the_discriminator_sees_where_a_point_lies():
     assert "where" not in judge.state_dict()
 
 
+def test_dropout_leaves_out_another_share_each_time_as_the_seed_says(monkeypatch):
+    kept: list[torch.Tensor] = []
+    forward = StochasticDiscriminator.forward
+
+    def follow(self, latents, features, chosen=None):
+        if chosen is not None:
+            kept.append(chosen)
+        return forward(self, latents, features, chosen)
+
+    monkeypatch.setattr(StochasticDiscriminator, "forward", follow)
+    ended = []
+    for seed in (1, 1, 2):
+        tested = recipe(dropout=0.25)
+        tested.step(batch(seed), 1, alone)
+        ended.append(tested.state())
+    assert equal(ended[0], ended[1])
+    assert not equal(ended[0], ended[2])
+    assert len(kept) == 6  # cells and draws
+    assert kept[0].unique().tolist() == pytest.approx([0, 4 / 3])
+    assert float((kept[0] == 0).float().mean()) == pytest.approx(0.25, abs=0.02)
+    assert not torch.equal(kept[0], kept[1])
+    torch.testing.assert_close(kept[0], kept[2])
+    kept.clear()
+    recipe(dropout=0.0).step(batch(), 1, alone)
+    assert not kept
+
+
 def test_an_even_map_has_a_finite_gradient():
     latents = torch.zeros(1, latent_channels(CHANNELS), 5, 5, requires_grad=True)
     _, seen = StochasticDiscriminator(FEATURES, CHANNELS, SIZE)(latents, torch.ones(1, FEATURES))
@@ -135,7 +162,13 @@ def test_an_even_map_has_a_finite_gradient():
 
 
 def test_first_losses_are_those_of_the_papers():
-    setting = {"penalty": 3.0, "penalty_every": 4, "latent": 0.01, "regression": 0.25}
+    setting = {
+        "penalty": 3.0,
+        "penalty_every": 4,
+        "latent": 0.01,
+        "regression": 0.25,
+        "dropout": 0.0,
+    }
     tested, cells = recipe(**setting), batch()
     original = latents_of(tested, cells)
     generator, discriminator = copy.deepcopy((tested.generator.latents, tested.discriminator))
@@ -161,7 +194,13 @@ def test_first_losses_are_those_of_the_papers():
 
 
 def test_each_network_is_moved_by_the_other_as_it_was_before_the_step():
-    setting = {"penalty": 2.0, "penalty_every": 1, "latent": 0.01, "regression": 0.25}
+    setting = {
+        "penalty": 2.0,
+        "penalty_every": 1,
+        "latent": 0.01,
+        "regression": 0.25,
+        "dropout": 0.0,
+    }
     tested, cells = recipe(**setting), batch()
     original = latents_of(tested, cells)
     generator, discriminator = copy.deepcopy((tested.generator.latents, tested.discriminator))
