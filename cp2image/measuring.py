@@ -30,6 +30,11 @@ class TurnedMeasurement:
         return "\n".join(map(str, self.orientations))
 
 
+def measure_cells(config: Config) -> Publication | TurnedMeasurement:
+    """Do `measure_dataset`, or with ``measure.turned`` `measure_turned`."""
+    return measure_turned(config) if config.measure.turned else measure_dataset(config)
+
+
 def measure_dataset(config: Config) -> Publication:
     """Measure every patch of ``measure.input`` and publish the cells with their features.
 

@@ -8,7 +8,8 @@ from cp2image.command import run_job
 from cp2image.comparison import compare, derive_all
 
 if __name__ == "__main__":
+    own = ("checkpoints", "train.turned", "evaluate.inception_weights")
     reads = ["train.input", "train.turned", "evaluate.inception_weights"]
-    reads += [f"compare.systems.*.{key}" for key in ("checkpoints", "evaluate.inception_weights")]
+    reads += [f"compare.systems.*.{key}" for key in own]
     writes = ["compare.output"]
     raise SystemExit(run_job(__doc__, compare, reads=reads, writes=writes, check=derive_all))

@@ -60,15 +60,29 @@ def test_a_dry_run_of_a_comparison_lists_what_its_systems_read_and_refuses_their
     monkeypatch, capsys, tmp_path
 ):
     mine = {"checkpoints": [str(tmp_path)], "evaluate": {"inception_weights": "/no.pth"}}
+    other = {"train": {"turned": str(tmp_path / "turned")}}
     given = ["--dry-run", "--set", "compare.seeds=[0]", "--set"]
-    setting = f"compare.systems={json.dumps({'mine': mine})}"
+    setting = f"compare.systems={json.dumps({'mine': mine, 'other': other})}"
     assert run_here(monkeypatch, "compare", *given, setting) == DONE
     shown = capsys.readouterr().out
     assert f"# reads compare.systems.mine.checkpoints: {tmp_path} (found)" in shown
     assert "# reads compare.systems.mine.evaluate.inception_weights: /no.pth (not there)" in shown
+    assert f"# reads compare.systems.other.train.turned: {tmp_path}/turned (not there)" in shown
     setting = "compare.systems={x: {train: {stepz: 3}}}"
     assert run_here(monkeypatch, "compare", *given, setting) == REFUSED
     assert "compare.systems.x: unknown key 'train.stepz'" in capsys.readouterr().err
+
+
+def test_a_dry_run_says_where_turned_cells_go_and_where_they_are_read(
+    monkeypatch, capsys, tmp_path
+):
+    folder = f"run.folder={tmp_path}"
+    turned = ("--dry-run", "--set", folder, "--set", "measure.turned=true")
+    assert run_here(monkeypatch, "measure", *turned) == DONE
+    assert f"# writes measure.output: {tmp_path}/turned (" in capsys.readouterr().out
+    given = ("--dry-run", "--set", folder, "--set", f"train.turned={tmp_path}/turned")
+    assert run_here(monkeypatch, "train", *given) == DONE
+    assert f"# reads train.turned: {tmp_path}/turned (not there)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
