@@ -202,7 +202,13 @@ def test_a_setting_that_came_later_counts_only_where_it_is_set():
     """What was made before there were other systems stays valid."""
     config = Config()
     known = config.model_dump(mode="json", include={"train"})
-    for name in ("beta", "input", "output", "stochastic"):  # the last belongs to another preset
+    for name in (
+        "beta",
+        "input",
+        "output",
+        "turned",
+        "stochastic",
+    ):  # the last belongs to another preset
         del known["train"][name]
     text = json.dumps([known, []], sort_keys=True)
     assert config.fingerprint("train") == sha256(text.encode()).hexdigest()[:16]
