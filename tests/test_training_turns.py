@@ -9,8 +9,7 @@ import torch
 
 from cp2image.data.identity import cell_keys
 from cp2image.data.orientations import turn
-from cp2image.data.schema import to_parquet
-from cp2image.dataset import Manifest, Part, manifest_uri, open_dataset
+from cp2image.dataset import manifest_uri, open_dataset
 from cp2image.errors import DatasetError, TrainingError
 from cp2image.training import fingerprint, train
 from cp2image.training_cells import worker_keys
@@ -21,7 +20,6 @@ from tests.training_experiments import (
     cells_of,
     experiment,
     plan_of,
-    plate_of_cells,
     run_loop,
     write_dataset,
 )
@@ -34,20 +32,14 @@ MARKED = FEATURES[2]
 def write_turned(folder, plates=PLATES, left_out=0):
     """Seven datasets whose feature `MARKED` is the orientation times a cell's own number."""
     for orientation in range(1, 8):
-        place = folder / str(orientation)
-        for plate in plates:
-            table = plate_of_cells(plate).slice(left_out)
+
+        def mark(table, orientation=orientation):
+            table = table.slice(left_out)
             marks = (orientation * np.arange(left_out, left_out + table.num_rows)) % 7 - 3.0
             column = table.column_names.index(MARKED)
-            table = table.set_column(column, table.schema.field(MARKED), [marks.astype(np.float32)])
-            data = to_parquet(table, row_group=20)
-            part = place / f"plate={plate}" / "part-00000.parquet"
-            part.parent.mkdir(parents=True)
-            part.write_bytes(data)
-            parts = (Part(f"plate={plate}/part-00000.parquet", table.num_rows, len(data)),)
-            manifest = Path(manifest_uri(str(place), plate))
-            manifest.parent.mkdir(exist_ok=True)
-            manifest.write_bytes(Manifest(plate, "cells", parts).to_json())
+            return table.set_column(column, table.schema.field(MARKED), [marks.astype(np.float32)])
+
+        write_dataset(folder / str(orientation), plates, change=mark)
     return str(folder)
 
 

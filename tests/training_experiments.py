@@ -51,9 +51,9 @@ def plate_of_cells(plate, wells=8, cells=9):
     return build_table(metadata, features, patches, SHAPE)
 
 
-def write_dataset(folder, plates=("P1", "P2", "P3"), columns=None):
+def write_dataset(folder, plates=("P1", "P2", "P3"), columns=None, change=lambda table: table):
     for plate in plates:
-        table = plate_of_cells(plate)
+        table = change(plate_of_cells(plate))
         table = table if columns is None else table.select(columns(table.column_names))
         data = to_parquet(table, row_group=20)
         part = folder / f"plate={plate}" / "part-00000.parquet"
@@ -61,7 +61,7 @@ def write_dataset(folder, plates=("P1", "P2", "P3"), columns=None):
         part.write_bytes(data)
         parts = (Part(f"plate={plate}/part-00000.parquet", table.num_rows, len(data)),)
         manifest = Path(manifest_uri(str(folder), plate))
-        manifest.parent.mkdir(exist_ok=True)
+        manifest.parent.mkdir(parents=True, exist_ok=True)
         manifest.write_bytes(Manifest(plate, "cells", parts).to_json())
     return str(folder)
 
