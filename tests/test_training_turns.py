@@ -121,6 +121,10 @@ def test_a_cell_that_could_not_be_measured_turned_is_seen_as_it_is(tmp_path, cel
 
 
 def test_cells_to_validate_and_test_on_are_not_among_the_rows(tmp_path, cells, turned):
+    by_well = plan_of(experiment(tmp_path / "wells", cells))
+    keys = np.concatenate([t.column("key").to_numpy() for t in turned_tables(by_well, turned)])
+    assert len(keys) == 7 * by_well.preparation.counts["train"]
+    assert np.isin(keys, worker_keys(by_well.preparation, 0, 1)).all()
     settings = {"split": {"by": "plate", "test_plates": ["P3"], "validation_plates": ["P2"]}}
     config = experiment(tmp_path, cells)
     config = type(config).model_validate(config.model_dump() | settings)
