@@ -18,6 +18,10 @@ _FEWEST_WELLS = 5
 """Fewer wells give no interval."""
 _MANY_DIMENSIONS = 512
 """In more, a hundred Fréchet distances take minutes."""
+_NEIGHBOURS = 5
+"""k of the balls that coverage looks at."""
+_SPLITS = 10
+"""Ways to halve the cells; what is told of halves is the mean over them."""
 
 
 def compare_sets(
@@ -30,7 +34,9 @@ def compare_sets(
     """Distances at full size, and at half size beside the floor of real against real.
 
     Half the real cells stand against the other half (the floor) and against the generated cells
-    of that other half, so floor and distance have the same size and the same wells.
+    of that other half, so floor and distance have the same size and the same wells. A distance
+    between halves depends on the split as much as on anything, so it is the mean over ten of them
+    (one in more than 512 dimensions), the Fréchet distance in both directions.
 
     Parameters
     ----------
@@ -50,30 +56,21 @@ def compare_sets(
         ``singular``: a half has no more cells than dimensions, so its Fréchet distances mostly
         tell the sample size.
     """
-    order = np.random.default_rng(0).permutation(len(real))
-    first, second = order[0::2], order[1::2]
-    small = len(second) <= real.shape[1]
+    halves = _halves(len(real), 1 if real.shape[1] > _MANY_DIMENSIONS else _SPLITS)
+    smaller = len(halves[0][0])
+    small = smaller <= real.shape[1]
     kernel = kernel_distance(real, drawn)
-    floor = kernel_distance(real[first], real[second])
-    half = [Moments.of(part) for part in (real[first], real[second], drawn[second])]
     found = {
         "n": len(real),
         "dimension": real.shape[1],
         "frechet": frechet_distance(Moments.of(real), Moments.of(drawn), allow_singular=small),
-        "half_n": len(second),
-        "frechet_half": frechet_distance(half[0], half[2], allow_singular=small),
-        "floor_half": frechet_distance(half[0], half[1], allow_singular=small),
+        "half_n": smaller,
+        "splits": len(halves),
         "singular": small,
         "kernel": kernel.mean,
         "kernel_standard_error": kernel.standard_error,
-        "kernel_floor": floor.mean,
-        "kernel_floor_standard_error": floor.standard_error,
+        **_mean_over(halves, real, drawn, small),
     }
-    if len(second) > 5:
-        around = coverage(real[first], drawn[second])
-        among = coverage(real[first], real[second])
-        found |= asdict(around)
-        found |= {f"{name}_floor": v for name, v in asdict(among).items() if name != "neighbours"}
     wells = (cells[PLATE].astype(str) + "/" + cells[WELL].astype(str)).tolist()
     found |= _over_wells(real, drawn, wells)
     if len(real) >= max(1.5 * real.shape[1], 20):
@@ -88,6 +85,41 @@ def compare_sets(
         found["frechet_without_noise"] = frechet_distance(*clean)
         found["kernel_without_noise"] = kernel_distance(real[~noise], drawn[~noise]).mean
     return found
+
+
+def _halves(cells: int, splits: int) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Return the same random splits for all sets of so many cells; the second half is smaller."""
+    orders = [np.random.default_rng(split).permutation(cells) for split in range(splits)]
+    return [(order[1::2], order[0::2]) for order in orders]
+
+
+def _mean_over(
+    halves: list[tuple[NDArray[np.int64], NDArray[np.int64]]],
+    real: NDArray[np.float32],
+    drawn: NDArray[np.float32],
+    small: bool,
+) -> dict[str, float]:
+    """Compare halves, real with real and real with drawn: means over the splits."""
+    lines: list[dict[str, float]] = []
+    for split in halves:
+        seen = [Moments.of(real[half]) for half in split]
+        made = [Moments.of(drawn[half]) for half in split]
+        across = [
+            frechet_distance(seen[0], made[1], allow_singular=small),
+            frechet_distance(seen[1], made[0], allow_singular=small),
+        ]
+        first, second = (real[half] for half in split)
+        line = {
+            "frechet_half": float(np.mean(across)),
+            "floor_half": frechet_distance(*seen, allow_singular=small),
+            "kernel_floor": kernel_distance(first, second).mean,
+        }
+        if len(first) > _NEIGHBOURS:
+            around = asdict(coverage(second, drawn[split[0]], _NEIGHBOURS))
+            among = asdict(coverage(second, first, _NEIGHBOURS))
+            line |= around | {f"{name}_floor": v for name, v in among.items()}
+        lines.append(line)
+    return {name: float(np.mean([line[name] for line in lines])) for name in lines[0]}
 
 
 def _over_wells(

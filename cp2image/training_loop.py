@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
@@ -200,7 +201,14 @@ class TrainingLoop:
             self._cells.scaled(original, self._device),
             self._cells.normalised(real, self._device),
             int(seed.generate_state(1)[0]),
+            self._orientations(original),
         )
+
+    def _orientations(self, rows: NDArray[np.int64]) -> Tensor | None:
+        """Return how the chosen cells are turned; None where none are."""
+        if not isinstance(self._cells, TurnedCells):
+            return None
+        return torch.from_numpy(self._cells.orientations[rows]).to(self._device)
 
     def _average(self, gradients: Sequence[Tensor]) -> None:
         if self._world > 1:

@@ -27,8 +27,10 @@ from cp2image.data.splits import fit_splits
 from cp2image.dataset import open_dataset, read_range
 from cp2image.errors import EvaluationError
 from cp2image.evaluation import evaluate
-from cp2image.evaluation_distances import describe_beside
+from cp2image.evaluation_distances import compare_sets, describe_beside
+from cp2image.metrics.coverage import coverage
 from cp2image.metrics.embedding import quantise
+from cp2image.metrics.frechet import Moments, frechet_distance
 from cp2image.models.cp2image import Discriminator, Generator
 from cp2image.preparation import prepare
 from cp2image.publication import Outcome, publish
@@ -246,6 +248,25 @@ def test_distances_have_intervals_a_limit_and_the_scale_of_plates(report):
     assert low <= 1e-3
     assert "limit" in cp
     assert abs(cp["limit"]) < cp["floor_half"]
+
+
+def test_halves_are_compared_as_the_mean_over_ten_splits():
+    random = np.random.default_rng(0)
+    real = random.normal(size=(61, 3)).astype(np.float32)
+    drawn = real + random.normal(0.2, 0.5, size=(61, 3)).astype(np.float32)
+    cells = pd.DataFrame({"Metadata_Plate": ["P"] * 61, "Metadata_Well": ["A01"] * 61})
+    found = compare_sets(real, drawn, cells, np.ones(61, bool), np.zeros(61, bool))
+    plain = []
+    for split in range(10):
+        order = np.random.default_rng(split).permutation(61)
+        a, b = order[0::2], order[1::2]
+        pairs = [(real[a], drawn[b]), (real[b], drawn[a]), (real[a], real[b])]
+        there, back, floor = (frechet_distance(Moments.of(x), Moments.of(y)) for x, y in pairs)
+        balls = coverage(real[a], drawn[b]), coverage(real[a], real[b])
+        plain.append([(there + back) / 2, floor, *(one.coverage for one in balls)])
+    names = ("frechet_half", "floor_half", "coverage", "coverage_floor")
+    assert [found[name] for name in names] == pytest.approx(np.mean(plain, axis=0).tolist())
+    assert (found["half_n"], found["splits"]) == (30, 10)
 
 
 def test_the_text_says_when_a_distance_mostly_tells_the_sample_size():

@@ -33,12 +33,15 @@ class Batch:
         A second, independent draw of patches, (N, C, H, W); none where a recipe needs none.
     seed
         Of all that is random in the step.
+    orientations
+        How each cell was turned, (N,) uint8, see `cp2image.data.orientations`; None: not at all.
     """
 
     original: Tensor
     features: Tensor
     real: Tensor
     seed: int = 0
+    orientations: Tensor | None = None
 
 
 class Recipe(Protocol):

@@ -9,10 +9,20 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 from torch.nn.utils import clip_grad_norm_
 
-from cp2image.models.autoencoder import PatchEncoder, evidence, from_log, to_log
+from cp2image.models.autoencoder import (
+    PatchEncoder,
+    evidence,
+    fit_grain,
+    from_log,
+    noise_power,
+    to_log,
+)
 from cp2image.models.losses import pixel_loss
 from cp2image.models.recipe import Average, Batch, load_optimiser, optimiser_state, part_of
 from cp2image.models.stochastic import StochasticDiscriminator, StochasticGenerator
+
+_LISTEN_EVERY = 16
+"""Steps of the second part from one look at the noise of real patches to the next."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +111,8 @@ class StochasticRecipe:
         self.averaged.decoder = self.generator.decoder  # not averaged: its rate falls to 0
         self.setting, self.bf16 = setting, bf16
         self._device, self._share, self._followed = torch.device(device), 0.0, 0
+        self._side, self._listened = patch_size, 0
+        self._power = torch.ones(channels, patch_size, patch_size // 2 + 1, device=device)
         self._g = list(self.generator.latents.parameters())
         self._d = list(self.discriminator.parameters())
         self._a = [*self.encoder.parameters(), *self.generator.decoder.parameters()]
@@ -185,8 +197,11 @@ class StochasticRecipe:
     ) -> dict[str, Tensor]:
         """Update discriminator and generator."""
         setting, features = self.setting, batch.features
+        values = to_log(batch.original)
         with torch.no_grad(), self._autocast():
-            real = self.encoder(to_log(batch.original))[0].float()
+            real = self.encoder(values)[0].float()
+        if step % _LISTEN_EVERY == 0:
+            self._listen(values, real, batch.orientations)
         drawn = self._draw(features, random)
         seen_draw = drawn.detach().requires_grad_()
         with self._autocast():
@@ -212,6 +227,18 @@ class StochasticRecipe:
         losses = {"L_latent": latent, "L_generator": adversarial, "L_Dis": loss}
         losses |= {"L_features": regression, "penalty": steepness}
         return {name: value.detach() for name, value in losses.items()}
+
+    def _listen(self, values: Tensor, latents: Tensor, orientations: Tensor | None) -> None:
+        """Take up how the noise of patches that lie as they were taken is spread over frequency."""
+        if orientations is not None:
+            upright = orientations == 0
+            values, latents = values[upright], latents[upright]
+        if len(values):
+            with torch.no_grad(), self._autocast():
+                decoded, log_deviation = self.generator.decoder(latents)
+            self._listened += 1
+            power = noise_power(values, decoded, log_deviation)
+            self._power.lerp_(power, 1 / self._listened)
 
     def _kept(self, random: torch.Generator, latents: Tensor) -> Tensor | None:
         """Draw dropout's factors, (N, summed_up)."""
@@ -290,18 +317,25 @@ class StochasticRecipe:
         self, features: Tensor, keys: Tensor, seed: int = 0, images: Tensor | None = None
     ) -> Tensor:
         """Draw with the averaged generator, noise by the cells' keys: (N, C, H, W) in [0, 1]."""
+        self._set_grain()
         noise = self.averaged.noise(keys, seed)
         drawn: Tensor = self.averaged(features, noise)
         return drawn
 
     def published(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return a checkpoint's weights: averaged generator; discriminator and encoder."""
+        self._set_grain()
         beside = {f"encoder.{k}": v for k, v in self.encoder.state_dict().items()}
         return self.averaged.state_dict(), {**self.discriminator.state_dict(), **beside}
+
+    def _set_grain(self) -> None:
+        """Filter the decoder's noise as is known by now."""
+        self.generator.decoder.grain.copy_(fit_grain(self._power, self._side))
 
     def state(self) -> dict[str, Tensor]:
         """Return networks and optimisers, flat."""
         found = {"followed": torch.tensor(self._followed)}
+        found |= {"listened": torch.tensor(self._listened), "noise_power_mean": self._power}
         found |= {f"generator.{k}": v for k, v in self.generator.state_dict().items()}
         found |= {f"averaged.{k}": v for k, v in self.averaged.latents.state_dict().items()}
         found |= {f"encoder.{k}": v for k, v in self.encoder.state_dict().items()}
@@ -312,7 +346,8 @@ class StochasticRecipe:
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take back networks and optimisers, from any device."""
-        self._followed = int(state["followed"])
+        self._followed, self._listened = int(state["followed"]), int(state["listened"])
+        self._power.copy_(state["noise_power_mean"])
         self.generator.load_state_dict(part_of(state, "generator"))
         self.averaged.latents.load_state_dict(part_of(state, "averaged"))
         self.encoder.load_state_dict(part_of(state, "encoder"))

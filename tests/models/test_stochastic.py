@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import softplus
 
-from cp2image.models.autoencoder import latent_channels, to_log
+from cp2image.models.autoencoder import from_log, latent_channels, to_log
 from cp2image.models.recipe import Batch
 from cp2image.models.stochastic import (
     StochasticDiscriminator,
@@ -313,6 +313,29 @@ def test_the_autoencoder_learns_first_and_alone_and_then_stays():
         assert ("L_KL" in losses) == (share < 0.25)
         assert ("L_Dis" in losses) == (share >= 0.25)
     assert moved == [[True, True, False, False]] * 2 + [[False, False, True, True]] * 2
+
+
+def test_draws_have_the_noise_of_cells_that_lie_as_they_were_taken():
+    tested = recipe()
+    for layer in (tested.generator.decoder.smooth, tested.generator.decoder.sharp):
+        torch.nn.init.zeros_(layer.weight)  # the decoder expects 0: all of a patch is noise
+        torch.nn.init.zeros_(layer.bias)
+    for seed in range(2):
+        cells = batch(seed, 32)
+        smeared = torch.randn(32, CHANNELS, SIZE, SIZE)
+        smeared = smeared + 0.6 * (smeared.roll(1, dims=3) + smeared.roll(-1, dims=3))
+        turned = smeared.transpose(2, 3)
+        upright = torch.arange(32) % 4 == 0
+        noise = torch.where(upright[:, None, None, None], smeared, turned)
+        noisy = from_log(0.1 * noise)
+        orientations = torch.where(upright, 0, 1).to(torch.uint8)
+        tested.step(Batch(noisy, cells.features, cells.real, seed, orientations), 16, alone)
+    assert torch.equal(tested.state()["generator.decoder.grain"][:, :, 0, 0], torch.zeros(2, 1))
+    tested.draw(torch.zeros(1, FEATURES), torch.arange(1))
+    grain = tested.generator.decoder.grain[:, 0]
+    assert (grain[:, 1, 2] > 0.2 * grain[:, 1, 1]).all()
+    assert (grain[:, 1, 2] > 3 * grain[:, 2, 1].abs()).all()
+    torch.testing.assert_close(tested.published()[0]["decoder.grain"][:, 0], grain)
 
 
 def test_another_seed_is_another_step():
