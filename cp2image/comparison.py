@@ -20,6 +20,7 @@ from cp2image.config_errors import explain
 from cp2image.dataset import open_dataset
 from cp2image.errors import ConfigError
 from cp2image.evaluation import evaluate, refuse_few
+from cp2image.evaluation_distances import SPLITS
 from cp2image.evaluation_sets import patches_of
 from cp2image.evaluation_workers import check_weights
 from cp2image.figures.canvas import save
@@ -226,7 +227,7 @@ def _mark(config: Config, model: Model) -> dict[str, str]:
         settings.model_dump(mode="json"),
         {"families": measure.families, "compartments": measure.compartments},
         {"nucleus_channel": measure.nucleus_channel, "control": config.scaling.control},
-        {"seed": config.run.seed},
+        {"seed": config.run.seed, "splits": SPLITS},
     ]
     sets = {
         uri: {plate: one.identity for plate, one in sorted(open_dataset(uri).manifests.items())}

@@ -20,7 +20,7 @@ _MANY_DIMENSIONS = 512
 """In more, a hundred Fréchet distances take minutes."""
 _NEIGHBOURS = 5
 """k of the balls that coverage looks at."""
-_SPLITS = 10
+SPLITS = 10
 """Ways to halve the cells; what is told of halves is the mean over them."""
 
 
@@ -56,8 +56,8 @@ def compare_sets(
         ``singular``: a half has no more cells than dimensions, so its Fréchet distances mostly
         tell the sample size.
     """
-    halves = _halves(len(real), 1 if real.shape[1] > _MANY_DIMENSIONS else _SPLITS)
-    smaller = len(halves[0][0])
+    halves = _halves(len(real), 1 if real.shape[1] > _MANY_DIMENSIONS else SPLITS)
+    smaller = len(halves[0][1])
     small = smaller <= real.shape[1]
     kernel = kernel_distance(real, drawn)
     found = {
@@ -90,7 +90,7 @@ def compare_sets(
 def _halves(cells: int, splits: int) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
     """Return the same random splits for all sets of so many cells; the second half is smaller."""
     orders = [np.random.default_rng(split).permutation(cells) for split in range(splits)]
-    return [(order[1::2], order[0::2]) for order in orders]
+    return [(order[0::2], order[1::2]) for order in orders]
 
 
 def _mean_over(
@@ -114,10 +114,12 @@ def _mean_over(
             "floor_half": frechet_distance(*seen, allow_singular=small),
             "kernel_floor": kernel_distance(first, second).mean,
         }
-        if len(first) > _NEIGHBOURS:
-            around = asdict(coverage(second, drawn[split[0]], _NEIGHBOURS))
-            among = asdict(coverage(second, first, _NEIGHBOURS))
-            line |= around | {f"{name}_floor": v for name, v in among.items()}
+        if len(second) > _NEIGHBOURS:
+            around = asdict(coverage(first, drawn[split[1]], _NEIGHBOURS))
+            among = asdict(coverage(first, second, _NEIGHBOURS))
+            line |= around | {
+                f"{name}_floor": among[name] for name in among if name != "neighbours"
+            }
         lines.append(line)
     return {name: float(np.mean([line[name] for line in lines])) for name in lines[0]}
 

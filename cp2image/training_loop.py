@@ -17,7 +17,7 @@ from cp2image.checkpoint import ModelCard, save_checkpoint
 from cp2image.config import Config
 from cp2image.data.balance import TreatmentSampler
 from cp2image.data.schema import PatchFormat
-from cp2image.errors import DivergenceError, TrainingError
+from cp2image.errors import CheckpointError, DivergenceError, TrainingError
 from cp2image.figures.patches import figure_pairs
 from cp2image.metrics.validation import ValidationScores
 from cp2image.models.data_parallel import average_over_ranks
@@ -322,7 +322,14 @@ class TrainingLoop:
             return
         folder = join(self._plan.config.train.output, STATES)
         state = load_tensors(read_bytes(join(folder, about["state"], "state.safetensors")))
-        self._recipe.load_state(state)
+        try:
+            self._recipe.load_state(state)
+        except (KeyError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{folder}: the interrupted training there does not fit this version's "
+                f"{self._plan.config.train.preset!r}: another version began it; train to a new "
+                "folder (train.output), or remove that one to begin again"
+            ) from error
         self.step, self._seconds = int(about["step"]), float(about["seconds"])
 
     def _finish(self, metrics: dict[str, float], seconds: float) -> None:

@@ -399,6 +399,8 @@ def test_a_finished_evaluation_is_not_repeated_unless_cells_weights_or_settings_
         assert done_again(changed) == 1
     weights.write_bytes(b"other")
     assert done_again(changed) == 1
+    monkeypatch.setattr(comparison, "SPLITS", 3)  # of a version that scored otherwise
+    assert done_again(changed) == 1
     measure = changed.measure.model_copy(update={"compartments": ["Nuclei"]})
     assert done_again(changed.model_copy(update={"measure": measure})) == 1
     assert done_again(changed) == 1

@@ -220,6 +220,20 @@ def test_interrupted_loop_goes_on_to_the_same_weights(tmp_path, cells, plain, mo
     assert_same_weights(config, plain[0])
 
 
+def test_an_interrupted_training_of_another_version_is_refused(tmp_path, cells, monkeypatch):
+    config = experiment(tmp_path, cells)
+    interrupt(monkeypatch, config, at_step=30)
+    complete = PaperRecipe.load_state
+
+    def wanting_more(self, state):
+        complete(self, {k: v for k, v in state.items() if k != "generator.linear.weight"})
+
+    monkeypatch.setattr(PaperRecipe, "load_state", wanting_more)
+    with pytest.raises(CheckpointError, match="another version began it"):
+        run_loop(plan_of(config))
+    assert read_state(config.train.output)["step"] == 28
+
+
 def test_loop_interrupted_before_its_checkpoint_makes_it_with_all_metrics(
     tmp_path, cells, plain, monkeypatch
 ):

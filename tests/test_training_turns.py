@@ -13,6 +13,7 @@ from cp2image.dataset import manifest_uri, open_dataset
 from cp2image.errors import DatasetError, TrainingError
 from cp2image.training import fingerprint, train
 from cp2image.training_cells import worker_keys
+from cp2image.training_loop import TrainingLoop
 from cp2image.training_turns import TurnedRead, add_turned, open_turned
 from tests.training_experiments import (
     FEATURES,
@@ -98,6 +99,18 @@ def test_a_row_has_the_patch_and_the_features_of_its_cell_as_it_lies(tmp_path, c
             values = cell[list(scaling.features)].to_numpy(np.float64)
             expected = scaling.apply(values, [str(cell["Metadata_Plate"].iloc[0])])
             np.testing.assert_allclose(rows.features[row, place], expected[0, place], rtol=1e-5)
+
+
+def test_a_step_is_told_how_its_cells_lie(tmp_path, cells, turned):
+    plan = plan_of(experiment(tmp_path, cells))
+    upright, validation = cells_of(plan)
+    rows = rows_of(plan, turned)
+    found = torch.cat([TrainingLoop(plan, rows, validation)._batch(i).orientations for i in (0, 1)])
+    sampler = TrainingLoop(plan, rows, validation)._sampler
+    expected = np.concatenate([rows.orientations[sampler.draw(i, "original")] for i in (0, 1)])
+    np.testing.assert_array_equal(found, expected)
+    assert len(np.unique(expected)) > 2
+    assert TrainingLoop(plan, upright, validation)._batch(0).orientations is None
 
 
 def test_rows_do_not_depend_on_the_order_of_tables_and_workers_share_the_cells(

@@ -181,8 +181,8 @@ class StochasticGenerator(nn.Module):
         own = self.latents.noise_size
         mean, log_deviation = self.decoder(self.latents(features, noise[:, :own]))
         pixels = noise[:, own:].reshape(-1, *self._shape)
-        noise = self.decoder.filtered(pixels)
-        return from_log(mean.float() + log_deviation.float().exp() * noise)
+        grain = self.decoder.filtered(pixels)
+        return from_log(mean.float() + log_deviation.float().exp() * grain)
 
 
 class StochasticDiscriminator(nn.Module):
