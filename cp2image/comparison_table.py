@@ -138,9 +138,10 @@ def to_markdown(table: pd.DataFrame, reports: Mapping[tuple[str, int], Mapping[s
         "cells against the cells drawn for the other half, floor: the two real halves, each the "
         "mean over ten splits (one for Inception); KID: all cells, floor: such halves; N → ∞: all "
         "cells, a line over 1/N followed to 0 (Chong and Forsyth 2020); r: measured on drawn "
-        "against measured on real cells, beside it the real ones against the input table; control: drawn from the features "
-        "of other cells. A single cell far from all others makes precision and recall high for "
-        "anything (jobs/sanity.py shows it); density and coverage do not have this fault.",
+        "against measured on real cells, beside it the real ones against the input table; control: "
+        "drawn from the features of other cells. A single cell far from all others makes precision "
+        "and recall high for anything (jobs/sanity.py shows it); density and coverage do not have "
+        "this fault.",
         *_singular(reports),
         *_plates(reports),
         *_other_cells(reports),

@@ -117,9 +117,8 @@ def _mean_over(
         if len(second) > _NEIGHBOURS:
             around = asdict(coverage(first, drawn[split[1]], _NEIGHBOURS))
             among = asdict(coverage(first, second, _NEIGHBOURS))
-            line |= around | {
-                f"{name}_floor": among[name] for name in among if name != "neighbours"
-            }
+            among.pop("neighbours")
+            line |= around | {f"{name}_floor": value for name, value in among.items()}
         lines.append(line)
     return {name: float(np.mean([line[name] for line in lines])) for name in lines[0]}
 

@@ -101,3 +101,14 @@ def test_white_noise_becomes_as_alike_among_neighbours_as_what_was_seen(size):
         found, expected = neighbours(made, *place), neighbours(seen, *place)
         torch.testing.assert_close(found, expected, rtol=0, atol=0.03)
     assert neighbours(made, 0, 1).min() > neighbours(made, 1, 0).max() + 0.3
+
+
+def test_the_cut_filter_keeps_the_variance_of_noise_that_reaches_farther():
+    torch.manual_seed(0)
+    decoder, zero = PatchDecoder(1, 20), torch.zeros(400, 1, 20, 20)
+    seen = torch.randn(400, 1, 20, 20)
+    for _ in range(4):
+        seen = seen + seen.roll(2, dims=3)
+    decoder.grain.copy_(fit_grain(noise_power(seen, zero, zero), 20))
+    made = decoder.filtered(torch.randn(400, 1, 20, 20))
+    assert float(made.var()) == pytest.approx(float(seen.var()), rel=0.05)

@@ -315,6 +315,19 @@ def test_the_autoencoder_learns_first_and_alone_and_then_stays():
     assert moved == [[True, True, False, False]] * 2 + [[False, False, True, True]] * 2
 
 
+def test_a_draws_pixels_differ_by_the_filtered_noise():
+    torch.manual_seed(0)
+    generator = StochasticGenerator(FEATURES, CHANNELS, SIZE)
+    noise = torch.randn(2, generator.noise_size)
+    noise[1, : generator.latents.noise_size] = noise[0, : generator.latents.noise_size]
+    features = torch.zeros(2, FEATURES)
+    one, other = generator(features, noise)
+    assert not torch.allclose(one, other)
+    generator.decoder.grain.zero_()
+    one, other = generator(features, noise)
+    torch.testing.assert_close(one, other)
+
+
 def test_draws_have_the_noise_of_cells_that_lie_as_they_were_taken():
     tested = recipe()
     for layer in (tested.generator.decoder.smooth, tested.generator.decoder.sharp):
