@@ -59,6 +59,10 @@ class Stochastic(Section):
     """Weight of half the squared distance between a cell's latents and its draw's."""
     regression: NotNegative = 6.0
     """Weight of the features as the discriminator reads them from latents."""
+    measured: Count = 16
+    """Draws that are measured every 8 steps over all workers, a batch at most, so that the
+    discriminator learns to read draws as well as cells. Only where the features are
+    jobs/measure.py's, made with the same ``measure`` section."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.3
     """Share of what features are read from that is left out in each step."""
     penalty: NotNegative = 1.0

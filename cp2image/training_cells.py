@@ -1,7 +1,7 @@
 """The cells a training worker holds in memory. Floor: beside training."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -101,6 +101,8 @@ class CellArrays:
         Normalisation of each patch and channel, (N, C) float32.
     treatments
         Number of each cell's treatment, (N,).
+    plates
+        Number of each cell's plate among the scaling's, (N,); after the last: none of them.
     """
 
     patches: NDArray[Any]
@@ -108,6 +110,7 @@ class CellArrays:
     offset: NDArray[np.float32]
     factor: NDArray[np.float32]
     treatments: NDArray[np.int64]
+    plates: NDArray[np.int32]
 
     def normalised(self, rows: NDArray[np.int64], device: torch.device) -> Tensor:
         """Return the chosen patches in [0, 1], (N, C, H, W) float32 channels last, on the device.
@@ -125,6 +128,31 @@ class CellArrays:
     def scaled(self, rows: NDArray[np.int64], device: torch.device) -> Tensor:
         """Return the chosen cells' features on the device."""
         return torch.from_numpy(self.features[rows]).to(device)
+
+    def restored(
+        self, drawn: NDArray[np.uint8], rows: NDArray[np.int64], full_scale: float
+    ) -> NDArray[np.float32]:
+        """Return drawn patches, normalised as the chosen cells' own, as shares of the full scale.
+
+        Parameters
+        ----------
+        drawn
+            (N, C, H, W).
+        rows
+            Of N cells.
+        full_scale
+            Value of the acquisition that stands for 1.
+        """
+        factor = self.factor[rows]
+        span = np.divide(1.0, factor, out=np.zeros_like(factor), where=factor > 0)
+        low, span = (v[..., None, None] / np.float32(full_scale) for v in (self.offset[rows], span))
+        shares: NDArray[np.float32] = np.clip(low + drawn * (span / np.float32(255)), 0, 1)
+        return shares
+
+    def plate_names(self, rows: NDArray[np.int64], known: Sequence[str]) -> list[str]:
+        """Return the chosen cells' plates; empty where the scaling does not know them."""
+        names = [*known, ""]
+        return [names[number] for number in self.plates[rows]]
 
 
 @lru_cache
@@ -232,6 +260,7 @@ class _Gathering:
     ) -> None:
         self._keys, self._format, self._intensity = keys, patch_format, preparation.intensity
         self._numbers = {name: i for i, name in enumerate(preparation.treatments)}
+        self._plates = {name: i for i, name in enumerate(preparation.scaling.plates)}
         limits = (len(keys), len(patch_format.channels))
         self._cells = CellArrays(
             np.empty((len(keys), *patch_format.shape), dtype=patch_format.dtype),
@@ -239,6 +268,7 @@ class _Gathering:
             np.empty(limits, dtype=np.float32),
             np.empty(limits, dtype=np.float32),
             np.full(len(keys), -1, dtype=np.int64),
+            np.empty(len(keys), dtype=np.int32),
         )
         self._filled = np.zeros(len(keys), dtype=bool)
 
@@ -264,6 +294,8 @@ class _Gathering:
         names = table.column("treatment").to_pylist()
         numbers = np.array([self._numbers.get(name, -1) for name in names])
         cells.treatments[places] = numbers[rows]
+        known = np.array([self._plates.get(plate, len(self._plates)) for plate in plates])
+        cells.plates[places] = known[rows]
         self._filled[places] = True
 
     def finish(self) -> CellArrays:

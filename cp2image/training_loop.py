@@ -28,6 +28,7 @@ from cp2image.profiles import Preparation
 from cp2image.storage import delete_tree, join, list_files, read_bytes, write_bytes
 from cp2image.tracking import Recorder
 from cp2image.training_cells import CellArrays, load_cells, worker_keys
+from cp2image.training_measurement import DrawMeasurement
 from cp2image.training_progress import BatchesAhead, Progress
 from cp2image.training_recipes import build_recipe, in_bf16
 from cp2image.training_turns import TurnedCells, add_turned
@@ -59,6 +60,8 @@ class TrainingPlan:
         Of all settings that change the weights; states of others are not resumed from.
     board
         Ray actor whose ``show`` takes rank 0's lines to the driver; None to print them.
+    measured_alike
+        Whether draws can be measured as the dataset's features were.
     """
 
     config: Config
@@ -67,6 +70,7 @@ class TrainingPlan:
     recorder: Recorder
     fingerprint: str
     board: Any = None
+    measured_alike: bool = False
 
 
 def run_worker(settings: dict[str, Any]) -> None:
@@ -125,7 +129,7 @@ class TrainingLoop:
         )
         torch.manual_seed(seed)  # the same weights on every rank
         self._recipe = build_recipe(
-            settings, plan.patch_format, train.features.shape[1], self._device
+            settings, plan.patch_format, train.features.shape[1], self._device, self._measurement()
         )
         self.step, self._seconds, self._time_used = 0, 0.0, 0.0
         self._floor = _mean_image_loss(validation)
@@ -179,6 +183,17 @@ class TrainingLoop:
         if self._rank == 0:
             self._finish(metrics or self._validate(), progress.seconds)
 
+    def _measurement(self) -> DrawMeasurement | None:
+        """Return what measures draws while training, where that is wanted and can be."""
+        config, preparation = self._plan.config, self._plan.preparation
+        wanted = config.train.stochastic.measured
+        if not (wanted and self._plan.measured_alike):
+            return None
+        shape = self._plan.patch_format
+        return DrawMeasurement(
+            self._cells, preparation.scaling, shape, config.measure, self._world, wanted
+        )
+
     def _log(self, progress: "Progress") -> None:
         """Record the mean losses of all ranks since the last time."""
         names, losses = progress.take()
@@ -202,6 +217,7 @@ class TrainingLoop:
             self._cells.normalised(real, self._device),
             int(seed.generate_state(1)[0]),
             self._orientations(original),
+            original,
         )
 
     def _orientations(self, rows: NDArray[np.int64]) -> Tensor | None:

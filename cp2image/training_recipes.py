@@ -9,6 +9,7 @@ from cp2image.config_train import Train
 from cp2image.data.schema import PatchFormat
 from cp2image.models.bfloat16 import multiplies_bfloat16
 from cp2image.models.lsgan_recipe import LEARNING_RATE, LsganRecipe
+from cp2image.models.measured_draws import Measurement
 from cp2image.models.presets import LSGAN, STOCHASTIC, VAE, VAE_PLUS
 from cp2image.models.recipe import OPTIMISERS, PaperRecipe, Recipe
 from cp2image.models.stochastic_recipe import StochasticRecipe, StochasticSetting
@@ -16,7 +17,11 @@ from cp2image.models.vae_recipe import BETA, BETA_PLUS, VaePlusRecipe, VaeRecipe
 
 
 def build_recipe(
-    settings: Train, shape: PatchFormat, features: int, device: torch.device
+    settings: Train,
+    shape: PatchFormat,
+    features: int,
+    device: torch.device,
+    measurement: Measurement | None = None,
 ) -> Recipe:
     """Return new networks and optimisers of the preset.
 
@@ -30,12 +35,16 @@ def build_recipe(
         Number of CellProfiler features.
     device
         Where the networks live.
+    measurement
+        Measures draws, for ``cp2image-s``; None: none are.
     """
     channels, side = len(shape.channels), shape.size
     common: dict[str, Any] = {"bf16": in_bf16(settings, device), "device": device}
     if settings.preset == STOCHASTIC:
         made_of = StochasticSetting(**settings.stochastic.model_dump())
-        return StochasticRecipe(features, channels, side, setting=made_of, **common)
+        return StochasticRecipe(
+            features, channels, side, setting=made_of, measurement=measurement, **common
+        )
     if settings.preset == LSGAN:
         rate = settings.learning_rate or LEARNING_RATE
         return LsganRecipe(channels, side, learning_rate=rate, **common)

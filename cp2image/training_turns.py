@@ -143,6 +143,16 @@ class TurnedCells:
         """Return the chosen rows' features on the device."""
         return torch.from_numpy(self.features[rows]).to(device)
 
+    def restored(
+        self, drawn: NDArray[np.uint8], rows: NDArray[np.int64], full_scale: float
+    ) -> NDArray[np.float32]:
+        """Return drawn patches on the chosen cells' scale, see `CellArrays.restored`."""
+        return self.cells.restored(drawn, self.sources[rows], full_scale)
+
+    def plate_names(self, rows: NDArray[np.int64], known: Sequence[str]) -> list[str]:
+        """Return the chosen cells' plates, see `CellArrays.plate_names`."""
+        return self.cells.plate_names(self.sources[rows], known)
+
 
 def add_turned(
     cells: CellArrays, tables: Iterable[pa.Table], keys: NDArray[np.uint64]

@@ -27,6 +27,7 @@ from tests.training_experiments import (
     experiment,
     plan_of,
     run_loop,
+    run_two_ranks,
     tables_of,
     write_dataset,
 )
@@ -151,27 +152,6 @@ def test_dataset_without_features_is_refused_before_anything_is_written(tmp_path
     with pytest.raises(DatasetError, match=r"no CellProfiler features; run jobs/measure\.py"):
         train(config)
     assert not (tmp_path / "run").exists()
-
-
-def run_two_ranks(ray, plan, shares, meeting):
-    """Run the loop in two processes that gloo joins; return the states they end with."""
-
-    def run_rank(rank):
-        import torch
-        import torch.distributed as dist
-
-        from cp2image.training_loop import TrainingLoop
-
-        torch.set_num_threads(1)
-        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
-        loop = TrainingLoop(plan, *shares[rank], rank=rank, world=2)
-        loop.run(lambda metrics: None)
-        state = {name: value.numpy() for name, value in loop.recipe.state().items()}
-        dist.destroy_process_group()
-        return state
-
-    remote = ray.remote(num_cpus=1, max_retries=0)(run_rank)
-    return ray.get([remote.remote(rank) for rank in range(2)], timeout=120)
 
 
 @pytest.mark.parametrize("preset", ["paper", "cp2image-s"])

@@ -175,7 +175,7 @@ def test_any_number_of_channels_is_normalised(channels, kind):
     patches = random.integers(0, 250, (7, channels, 6, 5)).astype(kind)
     patches[2, 0] = 0  # a channel without signal
     limits = Intensity().limits(patches, [""] * 7, 255.0)
-    cells = CellArrays(patches, np.zeros((7, 2), np.float32), *limits, np.zeros(7, np.int64))
+    cells = CellArrays(patches, np.zeros((7, 2), np.float32), *limits, *np.zeros((2, 7), int))
     rows = np.array([6, 2, 2])
     found = cells.normalised(rows, torch.device("cpu"))
     expected = Intensity().apply(patches[rows], [""] * 3, 255.0)

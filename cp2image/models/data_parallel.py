@@ -1,4 +1,4 @@
-"""Averages over the ranks of a data-parallel run. Pure torch."""
+"""Averages and collections over the ranks of a data-parallel run. Pure torch."""
 
 from collections.abc import Sequence
 
@@ -22,3 +22,13 @@ def average_over_ranks(tensors: Sequence[Tensor]) -> None:
     for tensor in tensors:
         tensor.copy_(flat[start : start + tensor.numel()].view_as(tensor))
         start += tensor.numel()
+
+
+def gather_over_ranks(tensor: Tensor) -> Tensor:
+    """Return the tensors of all ranks, one after another along the first axis.
+
+    The process group must be up; every rank calls this with the same shape.
+    """
+    found = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, tensor.contiguous())
+    return torch.cat(found)

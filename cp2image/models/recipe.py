@@ -5,10 +5,12 @@ in how gradients are averaged over ranks.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cp2image.models.cp2image import Discriminator, Generator
@@ -35,6 +37,8 @@ class Batch:
         Of all that is random in the step.
     orientations
         How each cell was turned, (N,) uint8, see `cp2image.data.orientations`; None: not at all.
+    rows
+        Which of the rank's cells ``original`` are, (N,), for a `Measurement` of what was drawn.
     """
 
     original: Tensor
@@ -42,6 +46,7 @@ class Batch:
     real: Tensor
     seed: int = 0
     orientations: Tensor | None = None
+    rows: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
 
 class Recipe(Protocol):

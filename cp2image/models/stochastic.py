@@ -179,9 +179,13 @@ class StochasticGenerator(nn.Module):
             (N, channels, patch_size, patch_size) in [0, 1], float32.
         """
         own = self.latents.noise_size
-        mean, log_deviation = self.decoder(self.latents(features, noise[:, :own]))
-        pixels = noise[:, own:].reshape(-1, *self._shape)
-        grain = self.decoder.filtered(pixels)
+        latents = self.latents(features, noise[:, :own])
+        return self.decode(latents, noise[:, own:].reshape(-1, *self._shape))
+
+    def decode(self, latents: Tensor, noise: Tensor) -> Tensor:
+        """Make patches of latents and of white noise, one number a pixel: see `forward`."""
+        mean, log_deviation = self.decoder(latents)
+        grain = self.decoder.filtered(noise)
         return from_log(mean.float() + log_deviation.float().exp() * grain)
 
 

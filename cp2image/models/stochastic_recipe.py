@@ -18,11 +18,14 @@ from cp2image.models.autoencoder import (
     to_log,
 )
 from cp2image.models.losses import pixel_loss
+from cp2image.models.measured_draws import MeasuredDraws, Measurement
 from cp2image.models.recipe import Average, Batch, load_optimiser, optimiser_state, part_of
 from cp2image.models.stochastic import StochasticDiscriminator, StochasticGenerator
 
 _LISTEN_EVERY = 16
 """Steps of the second part from one look at the noise of real patches to the next."""
+_MEASURE_EVERY = 8
+"""Steps of the second part from one measurement of draws to the next."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,9 @@ class StochasticSetting:
         Weight of ½ Σ (latent − drawn latent)², the mean over cells.
     regression
         Weight of ½ Σ (feature − feature as predicted from the latents)² / p.
+    measured
+        Draws that are measured every 8 steps, over all ranks; from half a batch of the newest 2048
+        the discriminator learns as well how features are to be read. Needs a `Measurement`.
     dropout
         Share of what the discriminator reads features from that is left out, each time another.
     penalty
@@ -63,6 +69,7 @@ class StochasticSetting:
     learning_rate: float = 4e-4
     latent: float = 3e-4
     regression: float = 6.0
+    measured: int = 16
     dropout: float = 0.3
     penalty: float = 1.0
     penalty_every: int = 8
@@ -76,7 +83,9 @@ class StochasticRecipe:
     First the autoencoder learns patches. Then the discriminator learns to tell a cell's latents
     from drawn ones of the same features by the difference of their scores, softplus(score(draw) −
     score(cell)), the generator the reverse (relativistic pairing, Jolicoeur-Martineau, ICLR 2019;
-    with R1 + R2 as in R3GAN, Huang et al., NeurIPS 2024).
+    with R1 + R2 as in R3GAN, Huang et al., NeurIPS 2024). How features are read from latents the
+    discriminator learns from cells and, where draws can be measured, from draws as well: else it
+    would not know what becomes of a draw's flaws when it is measured, nor the generator.
 
     Parameters
     ----------
@@ -88,6 +97,8 @@ class StochasticRecipe:
         Run the networks under bfloat16 autocast; penalties stay in float32.
     device
         Where the networks live; on CPUs with channels last.
+    measurement
+        Measures draws; None: none are.
     """
 
     needs_real = False
@@ -101,6 +112,7 @@ class StochasticRecipe:
         setting: StochasticSetting = StochasticSetting(),
         bf16: bool = False,
         device: torch.device | str = "cpu",
+        measurement: Measurement | None = None,
     ) -> None:
         self.encoder = PatchEncoder(channels).to(device)
         self.generator = StochasticGenerator(features, channels, patch_size).to(device)
@@ -113,6 +125,8 @@ class StochasticRecipe:
         self._device, self._share, self._followed = torch.device(device), 0.0, 0
         self._side, self._listened = patch_size, 0
         self._power = torch.ones(channels, patch_size, patch_size // 2 + 1, device=device)
+        self._measurement = measurement
+        self._measured = MeasuredDraws(self._latent_shape(1)[1:], features, self._device)
         self._g = list(self.generator.latents.parameters())
         self._d = list(self.discriminator.parameters())
         self._a = [*self.encoder.parameters(), *self.generator.decoder.parameters()]
@@ -160,9 +174,9 @@ class StochasticRecipe:
         dict
             Of the autoencoder ``L_MSE`` (of its mean), ``L_likelihood`` and ``L_KL``; then
             ``L_latent``, ``L_generator`` (without L_latent), ``L_Dis``, ``L_features`` (real
-            cells) and ``penalty`` (|∇ score|², real and generated, times `penalty_every` where it
-            is taken and 0 elsewhere, so that its mean over steps is right): scalars without
-            gradients.
+            cells), ``L_measured`` (the same of measured draws, where there are any) and
+            ``penalty`` (|∇ score|², real and generated, times `penalty_every` where it is taken
+            and 0 elsewhere, so that its mean over steps is right): scalars without gradients.
         """
         random = torch.Generator(self._device).manual_seed(batch.seed)
         if self._share < self.setting.autoencoder:
@@ -188,6 +202,8 @@ class StochasticRecipe:
         clip_grad_norm_(self._a, 1.0)
         self.autoencoder_optimiser.step()
         self.autoencoder_optimiser.zero_grad(set_to_none=True)
+        self._listened = 0  # what was known of the latents so far is of another autoencoder
+        self._measured.forget()
         pixel = pixel_loss(batch.original, from_log(decoded.detach()))
         losses = {"L_MSE": pixel, "L_likelihood": misfit, "L_KL": divergence}
         return {name: value.detach() for name, value in losses.items()}
@@ -204,14 +220,19 @@ class StochasticRecipe:
             self._listen(values, real, batch.orientations)
         drawn = self._draw(features, random)
         seen_draw = drawn.detach().requires_grad_()
+        if self._measurement is not None and step % _MEASURE_EVERY == 0:
+            self._measure(self._measurement, seen_draw.detach(), batch, random)
+        measured, as_measured = self._measured.pick(len(real) // 2, random)
+        known = torch.cat([real, measured.contiguous(memory_format=torch.channels_last)])
+        asked = torch.cat([features, as_measured])
         with self._autocast():
-            score, seen = self.discriminator(real, features, self._kept(random, real))
+            score, seen = self.discriminator(known, asked, self._kept(random, known))
             fake_score, fake_seen = self.discriminator(
                 seen_draw, features, self._kept(random, real)
             )
-        difference = score.float() - fake_score.float()
+        difference = score[: len(real)].float() - fake_score.float()
         loss, adversarial = softplus(-difference).mean(), softplus(difference).mean()
-        regression = _distance(seen, features)
+        regression = _distance(seen, asked)
         if setting.regression:
             adversarial = adversarial + setting.regression * _distance(fake_seen, features)
         (pull,) = torch.autograd.grad(adversarial, seen_draw, retain_graph=True)
@@ -225,7 +246,9 @@ class StochasticRecipe:
         self._update(self._g, gradients, self.generator_optimiser, average)
         self._follow()
         losses = {"L_latent": latent, "L_generator": adversarial, "L_Dis": loss}
-        losses |= {"L_features": regression, "penalty": steepness}
+        losses |= {"L_features": _distance(seen[: len(real)], features), "penalty": steepness}
+        if len(measured):
+            losses["L_measured"] = _distance(seen[len(real) :], as_measured)
         return {name: value.detach() for name, value in losses.items()}
 
     def _listen(self, values: Tensor, latents: Tensor, orientations: Tensor | None) -> None:
@@ -239,6 +262,18 @@ class StochasticRecipe:
             self._listened += 1
             power = noise_power(values, decoded, log_deviation)
             self._power.lerp_(power, 1 / self._listened)
+
+    def _measure(
+        self, measurement: Measurement, drawn: Tensor, batch: Batch, random: torch.Generator
+    ) -> None:
+        """Make patches of some draws and take up what is measured in them."""
+        drawn = drawn[: measurement.each]
+        shape = (len(drawn), *batch.original.shape[1:])
+        pixels = torch.randn(shape, generator=random, device=self._device)
+        self._set_grain()
+        with torch.no_grad(), self._autocast():
+            patches = self.generator.decode(drawn, pixels)
+        self._measured.add(*measurement(drawn, patches, batch.rows[: len(drawn)]))
 
     def _kept(self, random: torch.Generator, latents: Tensor) -> Tensor | None:
         """Draw dropout's factors, (N, summed_up)."""
@@ -335,6 +370,7 @@ class StochasticRecipe:
     def state(self) -> dict[str, Tensor]:
         """Return networks and optimisers, flat."""
         found = {"followed": torch.tensor(self._followed)}
+        found |= {f"measured.{k}": v for k, v in self._measured.state().items()}
         found |= {"listened": torch.tensor(self._listened), "noise_power_mean": self._power}
         found |= {f"generator.{k}": v for k, v in self.generator.state_dict().items()}
         found |= {f"averaged.{k}": v for k, v in self.averaged.latents.state_dict().items()}
@@ -348,6 +384,7 @@ class StochasticRecipe:
         """Take back networks and optimisers, from any device."""
         self._followed, self._listened = int(state["followed"]), int(state["listened"])
         self._power.copy_(state["noise_power_mean"])
+        self._measured.load_state(part_of(state, "measured"))
         self.generator.load_state_dict(part_of(state, "generator"))
         self.averaged.latents.load_state_dict(part_of(state, "averaged"))
         self.encoder.load_state_dict(part_of(state, "encoder"))
