@@ -1,9 +1,8 @@
 """Patches to a small map of latents and back, with a camera's noise of its own. Pure torch.
 
 A variational autoencoder (Kingma and Welling, ICLR 2014) whose decoder says for each pixel how
-much of it is noise (the learned variance of Rybkin et al., ICML 2021, here pixel by pixel), and how
-alike neighbouring pixels' noise is, as optics, resampling and correction make it. All is done on a
-logarithmic scale of intensity, where a dark background counts as much as a bright cell.
+much of it is noise (the learned variance of Rybkin et al., ICML 2021, here pixel by pixel). All is
+done on a logarithmic scale of intensity, where a dark background counts as much as a bright cell.
 Convolutions see 2 × 2 pixels as channels of one point; maps of latents have a quarter of the
 patch's side.
 """
@@ -15,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import (
     avg_pool2d,
-    conv2d,
     interpolate,
     leaky_relu,
     pad,
@@ -71,9 +69,6 @@ class PatchEncoder(nn.Module):
 class PatchDecoder(nn.Module):
     """Latents to a patch on the log scale: each pixel's mean and log standard deviation.
 
-    Beside what is learned by gradients it holds ``grain``, (channels, 1, 3, 3): what white noise is
-    filtered with before it becomes a patch's; at first it leaves the noise as it is.
-
     Parameters
     ----------
     channels
@@ -81,8 +76,6 @@ class PatchDecoder(nn.Module):
     patch_size
         Its side in pixels.
     """
-
-    grain: Tensor
 
     def __init__(self, channels: int, patch_size: int) -> None:
         super().__init__()
@@ -97,9 +90,6 @@ class PatchDecoder(nn.Module):
         with torch.no_grad():
             self.noise.weight.mul_(0.1)
             cast(Tensor, self.noise.bias).fill_(-2.0)
-        grain = torch.zeros(channels, 1, 3, 3)
-        grain[:, :, 1, 1] = 1.0
-        self.register_buffer("grain", grain)
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Map (N, latents, …) to two (N, channels, side, side)."""
@@ -112,55 +102,6 @@ class PatchDecoder(nn.Module):
         sharp = pixel_shuffle(self.sharp(x), 2)[..., :side, :side]
         log_deviation = _resized(self.noise(x).clamp(-5, 0), side)
         return _resized(self.smooth(x), side) + sharp, log_deviation
-
-    def filtered(self, noise: Tensor) -> Tensor:
-        """Make white noise, (N, channels, side, side), a camera's; edges meet the other side."""
-        around = pad(noise, (1, 1, 1, 1), mode="circular")
-        return conv2d(around, self.grain, groups=noise.shape[1])
-
-
-def noise_power(values: Tensor, decoded: Tensor, log_deviation: Tensor) -> Tensor:
-    """Return the power of what the decoder takes for noise, by spatial frequency.
-
-    Parameters
-    ----------
-    values, decoded
-        Patches on the log scale and what the decoder says they are, (N, C, side, side).
-    log_deviation
-        Its log standard deviations.
-
-    Returns
-    -------
-    Tensor
-        (C, side, side // 2 + 1): squared moduli of the Fourier transform of
-        (value − mean) / deviation, the mean over cells and divided by the pixels, so that white
-        noise of the width that the decoder says has 1 everywhere.
-    """
-    noise = (values - decoded).float() * (-log_deviation.float()).exp()
-    power: Tensor = torch.fft.rfft2(noise).abs().square().mean(dim=0)
-    return power / values[0, 0].numel()
-
-
-def fit_grain(power: Tensor, side: int) -> Tensor:
-    """Return the filter that gives white noise a power, cut to 3 × 3 pixels, its variance kept.
-
-    Parameters
-    ----------
-    power
-        As of `noise_power`.
-    side
-        Of the patches.
-
-    Returns
-    -------
-    Tensor
-        (C, 1, 3, 3), the same under a half turn.
-    """
-    whole: Tensor = torch.fft.irfft2(power.sqrt(), s=(side, side))
-    cut = torch.roll(whole, (1, 1), dims=(1, 2))[:, :3, :3]
-    variance = torch.fft.irfft2(power, s=(side, side))[:, 0, 0]
-    scale: Tensor = (variance / cut.square().sum(dim=(1, 2))).sqrt()
-    return (cut * scale[:, None, None]).unsqueeze(1)
 
 
 def evidence(

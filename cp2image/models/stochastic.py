@@ -2,14 +2,14 @@
 
 Features and a noise vector shape a coarse map of latents that is doubled by bilinear interpolation
 up to a quarter of the patch's side, with 3 × 3 convolutions at each side; `PatchDecoder`, which has
-learned from real patches, makes it a patch in the same pass. So an adversary only has to teach how
-latents lie, not how pixels do. Group norm is modulated by features and noise (FiLM,
-Perez et al., AAAI 2018), a noise map enters before every activation with a learned strength per
-channel (StyleGAN, Karras et al., CVPR 2019). The discriminator compares latents with features by
-projection (Miyato and Koyama, ICLR 2018) and predicts the features (as the auxiliary classifier of
-Odena et al., ICML 2017, with numbers for classes). For these it also sees how bright and how varied
-every stage's channels are, over the patch and within compartments that it learns to outline, as
-CellProfiler's features are means over compartments, and where a point lies.
+learned from real patches, makes it a patch in the same pass, with noise as `Grain` says. So an
+adversary only has to teach how latents lie, not how pixels do. Group norm is modulated by features
+and noise (FiLM, Perez et al., AAAI 2018), a noise map enters before every activation with a learned
+strength per channel (StyleGAN, Karras et al., CVPR 2019). The discriminator compares latents with
+features by projection (Miyato and Koyama, ICLR 2018) and predicts the features (as the auxiliary
+classifier of Odena et al., ICML 2017, with numbers for classes). For these it also sees how bright
+and how varied every stage's channels are, over the patch and within compartments that it learns to
+outline, as CellProfiler's features are means over compartments, and where a point lies.
 """
 
 from itertools import pairwise
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate, leaky_relu
 
 from cp2image.models.autoencoder import PatchDecoder, from_log, latent_channels
+from cp2image.models.grain import Grain, filtered
 from cp2image.models.keyed_noise import keyed_normal
 
 NOISE = 64
@@ -151,6 +152,7 @@ class StochasticGenerator(nn.Module):
         super().__init__()
         self.latents = LatentGenerator(features, channels, patch_size)
         self.decoder = PatchDecoder(channels, patch_size)
+        self.grain = Grain(features, channels)
         self._shape = (channels, patch_size, patch_size)
 
     @property
@@ -180,12 +182,13 @@ class StochasticGenerator(nn.Module):
         """
         own = self.latents.noise_size
         latents = self.latents(features, noise[:, :own])
-        return self.decode(latents, noise[:, own:].reshape(-1, *self._shape))
+        return self.decode(latents, features, noise[:, own:].reshape(-1, *self._shape))
 
-    def decode(self, latents: Tensor, noise: Tensor) -> Tensor:
-        """Make patches of latents and of white noise, one number a pixel: see `forward`."""
+    def decode(self, latents: Tensor, features: Tensor, noise: Tensor) -> Tensor:
+        """Make patches of latents; of noise, white, they take one number a pixel: see `forward`."""
         mean, log_deviation = self.decoder(latents)
-        grain = self.decoder.filtered(noise)
+        with torch.autocast(latents.device.type, enabled=False):
+            grain = filtered(noise, self.grain(features.float(), latents))
         return from_log(mean.float() + log_deviation.float().exp() * grain)
 
 

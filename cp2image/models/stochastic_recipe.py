@@ -9,23 +9,21 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 from torch.nn.utils import clip_grad_norm_
 
-from cp2image.models.autoencoder import (
-    PatchEncoder,
-    evidence,
-    fit_grain,
-    from_log,
-    noise_power,
-    to_log,
-)
+from cp2image.models.autoencoder import PatchEncoder, evidence, from_log, to_log
+from cp2image.models.grain import spectral_misfit
 from cp2image.models.losses import pixel_loss
 from cp2image.models.measured_draws import MeasuredDraws, Measurement
 from cp2image.models.recipe import Average, Batch, load_optimiser, optimiser_state, part_of
 from cp2image.models.stochastic import StochasticDiscriminator, StochasticGenerator
 
-_LISTEN_EVERY = 16
-"""Steps of the second part from one look at the noise of real patches to the next."""
+_GRAIN_EVERY, _GRAIN_CELLS = 4, 4
+"""Steps of the second part from one look at the noise of real patches to the next, and how many."""
+_GRAIN_RATE, _GRAIN_DROPOUT = 3e-4, 0.2
+"""Learning rate of what noise is filtered with; share of the features that it does not see."""
 _MEASURE_EVERY = 8
 """Steps of the second part from one measurement of draws to the next."""
+
+Random = torch.Generator
 
 
 @dataclass(frozen=True)
@@ -120,21 +118,24 @@ class StochasticRecipe:
         for network in (self.encoder, self.generator, self.discriminator):
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.averaged = deepcopy(self.generator).requires_grad_(False)
-        self.averaged.decoder = self.generator.decoder  # not averaged: its rate falls to 0
+        for part in ("decoder", "grain"):  # not averaged: their rates fall to 0
+            setattr(self.averaged, part, getattr(self.generator, part))
         self.setting, self.bf16 = setting, bf16
         self._device, self._share, self._followed = torch.device(device), 0.0, 0
-        self._side, self._listened = patch_size, 0
-        self._power = torch.ones(channels, patch_size, patch_size // 2 + 1, device=device)
         self._measurement = measurement
         self._measured = MeasuredDraws(self._latent_shape(1)[1:], features, self._device)
         self._g = list(self.generator.latents.parameters())
         self._d = list(self.discriminator.parameters())
+        self._n = list(self.generator.grain.parameters())
         self._a = [*self.encoder.parameters(), *self.generator.decoder.parameters()]
         rate, betas = setting.learning_rate, (0.0, 0.99)
         self.generator_optimiser = torch.optim.Adam(self._g, lr=rate, betas=betas, fused=True)
         self.discriminator_optimiser = torch.optim.Adam(self._d, lr=rate, betas=betas, fused=True)
         self.autoencoder_optimiser = torch.optim.Adam(
             self._a, lr=setting.autoencoder_rate, betas=(0.9, 0.99), fused=True
+        )
+        self.grain_optimiser = torch.optim.Adam(
+            self._n, lr=_GRAIN_RATE, betas=(0.9, 0.99), fused=True
         )
         self.reached(0.0)
 
@@ -153,6 +154,7 @@ class StochasticRecipe:
         cooled = min(1.0, left / setting.cooldown) if setting.cooldown else 1.0
         for optimiser in (self.generator_optimiser, self.discriminator_optimiser):
             _set_rate(optimiser, setting.learning_rate * cooled)
+        _set_rate(self.grain_optimiser, _GRAIN_RATE * cooled)
 
     def step(self, batch: Batch, step: int, average: Average) -> dict[str, Tensor]:
         """Train on one batch: the autoencoder in its share of the training, then both others.
@@ -184,7 +186,7 @@ class StochasticRecipe:
         return self._draw_and_judge(batch, step, random, average)
 
     def _encode_and_decode(
-        self, batch: Batch, random: torch.Generator, average: Average
+        self, batch: Batch, random: Random, average: Average
     ) -> dict[str, Tensor]:
         """Update the autoencoder by the evidence bound, a pixel's share of it."""
         values = to_log(batch.original)
@@ -202,22 +204,19 @@ class StochasticRecipe:
         clip_grad_norm_(self._a, 1.0)
         self.autoencoder_optimiser.step()
         self.autoencoder_optimiser.zero_grad(set_to_none=True)
-        self._listened = 0  # what was known of the latents so far is of another autoencoder
-        self._measured.forget()
+        self._measured.forget()  # another autoencoder's latents
         pixel = pixel_loss(batch.original, from_log(decoded.detach()))
         losses = {"L_MSE": pixel, "L_likelihood": misfit, "L_KL": divergence}
         return {name: value.detach() for name, value in losses.items()}
 
     def _draw_and_judge(
-        self, batch: Batch, step: int, random: torch.Generator, average: Average
+        self, batch: Batch, step: int, random: Random, average: Average
     ) -> dict[str, Tensor]:
         """Update discriminator and generator."""
         setting, features = self.setting, batch.features
         values = to_log(batch.original)
         with torch.no_grad(), self._autocast():
             real = self.encoder(values)[0].float()
-        if step % _LISTEN_EVERY == 0:
-            self._listen(values, real, batch.orientations)
         drawn = self._draw(features, random)
         seen_draw = drawn.detach().requires_grad_()
         if self._measurement is not None and step % _MEASURE_EVERY == 0:
@@ -244,6 +243,8 @@ class StochasticRecipe:
             [drawn, setting.latent * latent], self._g, [pull, torch.ones_like(latent)]
         )
         self._update(self._g, gradients, self.generator_optimiser, average)
+        if step % _GRAIN_EVERY == 0:
+            self._learn_grain(values, real, batch, random, average)
         self._follow()
         losses = {"L_latent": latent, "L_generator": adversarial, "L_Dis": loss}
         losses |= {"L_features": _distance(seen[: len(real)], features), "penalty": steepness}
@@ -251,38 +252,39 @@ class StochasticRecipe:
             losses["L_measured"] = _distance(seen[len(real) :], as_measured)
         return {name: value.detach() for name, value in losses.items()}
 
-    def _listen(self, values: Tensor, latents: Tensor, orientations: Tensor | None) -> None:
-        """Take up how the noise of patches that lie as they were taken is spread over frequency."""
-        if orientations is not None:
-            upright = orientations == 0
-            values, latents = values[upright], latents[upright]
-        if len(values):
+    def _learn_grain(
+        self, values: Tensor, latents: Tensor, batch: Batch, random: Random, average: Average
+    ) -> None:
+        """Learn what noise is like from some cells that lie as they were taken."""
+        upright = torch.ones(len(values), dtype=torch.bool, device=self._device)
+        if batch.orientations is not None:
+            upright = batch.orientations == 0
+        rows = upright.nonzero().flatten()[:_GRAIN_CELLS]
+        shown = _kept((len(rows), batch.features.shape[1]), _GRAIN_DROPOUT, random)
+        gradients = [torch.zeros_like(parameter) for parameter in self._n]
+        if len(rows):
             with torch.no_grad(), self._autocast():
-                decoded, log_deviation = self.generator.decoder(latents)
-            self._listened += 1
-            power = noise_power(values, decoded, log_deviation)
-            self._power.lerp_(power, 1 / self._listened)
+                decoded, log_deviation = self.generator.decoder(latents[rows])
+            noise = (values[rows] - decoded).float() * (-log_deviation.float()).exp()
+            weights = self.generator.grain(batch.features[rows] * shown, latents[rows])
+            gradients = list(torch.autograd.grad(spectral_misfit(weights, noise), self._n))
+        self._update(self._n, gradients, self.grain_optimiser, average)
 
     def _measure(
-        self, measurement: Measurement, drawn: Tensor, batch: Batch, random: torch.Generator
+        self, measurement: Measurement, drawn: Tensor, batch: Batch, random: Random
     ) -> None:
         """Make patches of some draws and take up what is measured in them."""
         drawn = drawn[: measurement.each]
         shape = (len(drawn), *batch.original.shape[1:])
         pixels = torch.randn(shape, generator=random, device=self._device)
-        self._set_grain()
         with torch.no_grad(), self._autocast():
-            patches = self.generator.decode(drawn, pixels)
+            patches = self.generator.decode(drawn, batch.features[: len(drawn)], pixels)
         self._measured.add(*measurement(drawn, patches, batch.rows[: len(drawn)]))
 
-    def _kept(self, random: torch.Generator, latents: Tensor) -> Tensor | None:
+    def _kept(self, random: Random, latents: Tensor) -> Tensor | None:
         """Draw dropout's factors, (N, summed_up)."""
-        share = self.setting.dropout
-        if not share:
-            return None
-        shape = (len(latents), self.discriminator.summed_up)
-        kept = torch.rand(shape, generator=random, device=self._device) >= share
-        return kept / (1 - share)
+        share, shape = self.setting.dropout, (len(latents), self.discriminator.summed_up)
+        return _kept(shape, share, random) if share else None
 
     def _latent_shape(self, cells: int) -> tuple[int, ...]:
         side = self.generator.latents.sides[-1]
@@ -316,7 +318,7 @@ class StochasticRecipe:
         (gradient,) = torch.autograd.grad(scores.sum(), latents, create_graph=True)
         return gradient.square().sum() / len(features)
 
-    def _draw(self, features: Tensor, random: torch.Generator) -> Tensor:
+    def _draw(self, features: Tensor, random: Random) -> Tensor:
         size = (len(features), self.generator.latents.noise_size)
         noise = torch.randn(size, generator=random, device=self._device)
         with self._autocast():
@@ -352,38 +354,31 @@ class StochasticRecipe:
         self, features: Tensor, keys: Tensor, seed: int = 0, images: Tensor | None = None
     ) -> Tensor:
         """Draw with the averaged generator, noise by the cells' keys: (N, C, H, W) in [0, 1]."""
-        self._set_grain()
         noise = self.averaged.noise(keys, seed)
         drawn: Tensor = self.averaged(features, noise)
         return drawn
 
     def published(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return a checkpoint's weights: averaged generator; discriminator and encoder."""
-        self._set_grain()
         beside = {f"encoder.{k}": v for k, v in self.encoder.state_dict().items()}
         return self.averaged.state_dict(), {**self.discriminator.state_dict(), **beside}
-
-    def _set_grain(self) -> None:
-        """Filter the decoder's noise as is known by now."""
-        self.generator.decoder.grain.copy_(fit_grain(self._power, self._side))
 
     def state(self) -> dict[str, Tensor]:
         """Return networks and optimisers, flat."""
         found = {"followed": torch.tensor(self._followed)}
         found |= {f"measured.{k}": v for k, v in self._measured.state().items()}
-        found |= {"listened": torch.tensor(self._listened), "noise_power_mean": self._power}
         found |= {f"generator.{k}": v for k, v in self.generator.state_dict().items()}
         found |= {f"averaged.{k}": v for k, v in self.averaged.latents.state_dict().items()}
         found |= {f"encoder.{k}": v for k, v in self.encoder.state_dict().items()}
         found |= {f"discriminator.{k}": v for k, v in self.discriminator.state_dict().items()}
         found |= optimiser_state("generator_optimiser", self.generator_optimiser)
         found |= optimiser_state("autoencoder_optimiser", self.autoencoder_optimiser)
+        found |= optimiser_state("grain_optimiser", self.grain_optimiser)
         return found | optimiser_state("discriminator_optimiser", self.discriminator_optimiser)
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take back networks and optimisers, from any device."""
-        self._followed, self._listened = int(state["followed"]), int(state["listened"])
-        self._power.copy_(state["noise_power_mean"])
+        self._followed = int(state["followed"])
         self._measured.load_state(part_of(state, "measured"))
         self.generator.load_state_dict(part_of(state, "generator"))
         self.averaged.latents.load_state_dict(part_of(state, "averaged"))
@@ -391,7 +386,13 @@ class StochasticRecipe:
         self.discriminator.load_state_dict(part_of(state, "discriminator"))
         load_optimiser(state, "generator_optimiser", self.generator_optimiser)
         load_optimiser(state, "autoencoder_optimiser", self.autoencoder_optimiser)
+        load_optimiser(state, "grain_optimiser", self.grain_optimiser)
         load_optimiser(state, "discriminator_optimiser", self.discriminator_optimiser)
+
+
+def _kept(shape: tuple[int, ...], dropout: float, random: Random) -> Tensor:
+    """Draw dropout's factors: 0 for that share, more than 1 for the others."""
+    return (torch.rand(shape, generator=random, device=random.device) >= dropout) / (1 - dropout)
 
 
 def _distance(seen: Tensor, features: Tensor) -> Tensor:

@@ -1,11 +1,13 @@
 """cp2image-s: networks and training step."""
 
 import copy
+import math
 
 import pytest
 import torch
 from torch.nn.functional import softplus
 
+from cp2image.models import stochastic_recipe
 from cp2image.models.autoencoder import from_log, latent_channels, to_log
 from cp2image.models.recipe import Batch
 from cp2image.models.stochastic import (
@@ -97,6 +99,7 @@ def test_scores_depend_on_both_latents_and_features():
 
 
 def test_features_are_read_from_how_bright_and_how_varied_maps_are_in_each_compartment():
+    torch.manual_seed(0)
     judge = StochasticDiscriminator(FEATURES, CHANNELS, SIZE)
     maps: list[torch.Tensor] = []
     judge.convolutions[1].register_forward_hook(lambda *call: maps.append(call[2]))
@@ -112,7 +115,8 @@ def test_features_are_read_from_how_bright_and_how_varied_maps_are_in_each_compa
         means = [(pixels * weight).sum(dim=1) for weight in weights]
         expected += means
         for mean, weight in zip(means, weights, strict=True):
-            expected.append(((pixels - mean[:, None]) ** 2 * weight).sum(dim=1).sqrt())
+            variance = ((pixels - mean[:, None]) ** 2 * weight).sum(dim=1)
+            expected.append((variance + 1e-4).sqrt())
         part = summary[cell, judge.flat.in_features :]
         torch.testing.assert_close(part, torch.cat(expected), atol=2e-3, rtol=2e-3)
 
@@ -323,32 +327,62 @@ def test_a_draws_pixels_differ_by_the_filtered_noise():
     features = torch.zeros(2, FEATURES)
     one, other = generator(features, noise)
     assert not torch.allclose(one, other)
-    generator.decoder.grain.zero_()
+    torch.nn.init.zeros_(generator.grain.last.bias)
     one, other = generator(features, noise)
     torch.testing.assert_close(one, other)
 
 
-def test_draws_have_the_noise_of_cells_that_lie_as_they_were_taken():
-    tested = recipe()
+def smeared(cells, share):
+    """Noise that is alike from left to right."""
+    white = torch.randn(cells, CHANNELS, SIZE, SIZE)
+    return white + share * (white.roll(1, dims=3) + white.roll(-1, dims=3))
+
+
+def test_draws_learn_the_noise_of_cells_that_lie_as_they_were_taken(monkeypatch):
+    monkeypatch.setattr(stochastic_recipe, "_GRAIN_RATE", 0.005)
+    tested = recipe(cooldown=0.0)
     for layer in (tested.generator.decoder.smooth, tested.generator.decoder.sharp):
         torch.nn.init.zeros_(layer.weight)  # the decoder expects 0: all of a patch is noise
         torch.nn.init.zeros_(layer.bias)
-    for seed in range(2):
-        cells = batch(seed, 32)
-        smeared = torch.randn(32, CHANNELS, SIZE, SIZE)
-        smeared = smeared + 0.6 * (smeared.roll(1, dims=3) + smeared.roll(-1, dims=3))
-        turned = smeared.transpose(2, 3)
-        upright = torch.arange(32) % 4 == 0
-        noise = torch.where(upright[:, None, None, None], smeared, turned)
-        noisy = from_log(0.1 * noise)
+    torch.nn.init.zeros_(tested.generator.decoder.noise.weight)
+    torch.nn.init.constant_(tested.generator.decoder.noise.bias, math.log(0.1))
+    random = torch.Generator().manual_seed(0)
+    for seed in range(200):
+        cells = batch(seed, 16)
+        noise = 0.1 * smeared(16, 0.6)
+        upright = torch.arange(16) % 4 == 1
+        noise = torch.where(upright[:, None, None, None], noise, noise.transpose(2, 3))
         orientations = torch.where(upright, 0, 1).to(torch.uint8)
-        tested.step(Batch(noisy, cells.features, cells.real, seed, orientations), 16, alone)
-    assert torch.equal(tested.state()["generator.decoder.grain"][:, :, 0, 0], torch.zeros(2, 1))
-    tested.draw(torch.zeros(1, FEATURES), torch.arange(1))
-    grain = tested.generator.decoder.grain[:, 0]
-    assert (grain[:, 1, 2] > 0.2 * grain[:, 1, 1]).all()
-    assert (grain[:, 1, 2] > 3 * grain[:, 2, 1].abs()).all()
-    torch.testing.assert_close(tested.published()[0]["decoder.grain"][:, 0], grain)
+        given = Batch(from_log(noise), cells.features, cells.real, seed, orientations)
+        latents = torch.zeros(16, latent_channels(CHANNELS), 5, 5)
+        tested._learn_grain(to_log(given.original), latents, given, random, alone)
+    weights = tested.generator.grain(torch.zeros(1, FEATURES), latents[:1])[0]
+    centre, across, *others = weights.T
+    assert centre.tolist() == pytest.approx([1.0, 1.0], abs=0.1)
+    assert across.tolist() == pytest.approx([0.6, 0.6], abs=0.1)
+    assert torch.stack(others).abs().max() < 0.1
+    assert tested.averaged.grain is tested.generator.grain
+    assert torch.equal(tested.published()[0]["grain.last.bias"], tested.generator.grain.last.bias)
+
+
+def test_noise_is_learned_every_fourth_step_of_the_second_part():
+    learned = []
+    for share, step in ((0.1, 4), (0.5, 4), (0.5, 5), (0.5, 8)):
+        tested = recipe(share)
+        before = tested.generator.grain.last.bias.clone()
+        tested.step(batch(), step, alone)
+        learned.append(not torch.equal(before, tested.generator.grain.last.bias))
+    assert learned == [False, True, False, True]
+
+
+def test_a_rank_without_upright_cells_takes_part_in_learning_noise():
+    tested, cells = recipe(), batch()
+    turned = torch.ones(8, dtype=torch.uint8)
+    taken = []
+    given = Batch(cells.original, cells.features, cells.real, 0, turned)
+    tested.step(given, 4, lambda g: taken.append([v.clone() for v in g]))
+    assert [v.shape for v in taken[2]] == [p.shape for p in tested.generator.grain.parameters()]
+    assert all((v == 0).all() for v in taken[2])
 
 
 def test_another_seed_is_another_step():
@@ -394,6 +428,7 @@ def rates(tested):
             tested.autoencoder_optimiser,
             tested.generator_optimiser,
             tested.discriminator_optimiser,
+            tested.grain_optimiser,
         )
         for group in one.param_groups
     ]
@@ -413,10 +448,10 @@ def test_learning_rates_fall_in_a_line_over_the_last_share_of_each_part():
         (0.5, 0, 0.1),
     ]:
         tested.reached(share)
-        assert rates(tested) == pytest.approx([first, rate, rate]), share
+        assert rates(tested) == pytest.approx([first, rate, rate, 3e-3 * rate]), share
 
 
 def test_without_a_cooldown_the_rate_stays():
     tested = recipe(cooldown=0)
     tested.reached(1)
-    assert rates(tested)[1:] == [StochasticSetting().learning_rate] * 2
+    assert rates(tested)[1:] == [StochasticSetting().learning_rate] * 2 + [3e-4]
