@@ -187,12 +187,13 @@ class TrainingLoop:
         """Return what measures draws while training, where that is wanted and can be."""
         config, preparation = self._plan.config, self._plan.preparation
         wanted = config.train.stochastic.measured
-        if not (wanted and self._plan.measured_alike):
+        if not (wanted and self._plan.measured_alike):  # other presets' plans never say so
             return None
         shape = self._plan.patch_format
-        return DrawMeasurement(
+        measurement = DrawMeasurement(
             self._cells, preparation.scaling, shape, config.measure, self._world, wanted
         )
+        return measurement.giving_back(self._average)
 
     def _log(self, progress: "Progress") -> None:
         """Record the mean losses of all ranks since the last time."""

@@ -12,7 +12,8 @@ from cp2image.models.lsgan_recipe import LEARNING_RATE, LsganRecipe
 from cp2image.models.measured_draws import Measurement
 from cp2image.models.presets import LSGAN, STOCHASTIC, VAE, VAE_PLUS
 from cp2image.models.recipe import OPTIMISERS, PaperRecipe, Recipe
-from cp2image.models.stochastic_recipe import StochasticRecipe, StochasticSetting
+from cp2image.models.stochastic_recipe import StochasticRecipe
+from cp2image.models.stochastic_setting import StochasticSetting
 from cp2image.models.vae_recipe import BETA, BETA_PLUS, VaePlusRecipe, VaeRecipe
 
 

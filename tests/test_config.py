@@ -11,7 +11,7 @@ from cp2image import errors
 from cp2image.config import Config, local_folder
 from cp2image.config_reading import read_config
 from cp2image.errors import ConfigError, Cp2ImageError, StorageError
-from cp2image.models.stochastic_recipe import StochasticSetting
+from cp2image.models.stochastic_setting import StochasticSetting
 
 PLATES = ["20585", "0123", "NO", "on", "null", "~", "1e3", "1_000", "0x1F", "12:30", "2024-01-01"]
 

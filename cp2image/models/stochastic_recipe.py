@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from cp2image.models.losses import pixel_loss
 from cp2image.models.measured_draws import MeasuredDraws, Measurement
 from cp2image.models.recipe import Average, Batch, load_optimiser, optimiser_state, part_of
 from cp2image.models.stochastic import StochasticDiscriminator, StochasticGenerator
+from cp2image.models.stochastic_setting import StochasticSetting
 
 _GRAIN_EVERY, _GRAIN_CELLS = 4, 4
 """Steps of the second part from one look at the noise of real patches to the next, and how many."""
@@ -24,55 +24,7 @@ _MEASURE_EVERY = 8
 """Steps of the second part from one measurement of draws to the next."""
 
 Random = torch.Generator
-
-
-@dataclass(frozen=True)
-class StochasticSetting:
-    """What training is made of; 0 switches a part off.
-
-    Attributes
-    ----------
-    autoencoder
-        Share of the training, its first, in which the autoencoder learns; then it is left as it is.
-    autoencoder_rate
-        Its Adam's learning rate (β 0.9 and 0.99); it falls to 0 in a line over the last 40 % of
-        that share.
-    divergence
-        Weight of KL in its bound.
-    learning_rate
-        Of generator's and discriminator's Adam (β 0 and 0.99).
-    latent
-        Weight of ½ Σ (latent − drawn latent)², the mean over cells.
-    regression
-        Weight of ½ Σ (feature − feature as predicted from the latents)² / p.
-    measured
-        Draws that are measured every 8 steps, over all ranks; from half a batch of the newest 2048
-        the discriminator learns as well how features are to be read. Needs a `Measurement`.
-    dropout
-        Share of what the discriminator reads features from that is left out, each time another.
-    penalty
-        γ of R1 + R2: γ/2 · |∇ score|², for real and for generated latents.
-    penalty_every
-        Steps from one penalty to the next; it counts that many times.
-    ema
-        Decay of the averaged generator, per step, once training is under way.
-    cooldown
-        Share of the rest of the training, its last, in which the learning rates fall to 0 in a
-        line.
-    """
-
-    autoencoder: float = 0.25
-    autoencoder_rate: float = 2e-3
-    divergence: float = 1.0
-    learning_rate: float = 4e-4
-    latent: float = 3e-4
-    regression: float = 6.0
-    measured: int = 16
-    dropout: float = 0.3
-    penalty: float = 1.0
-    penalty_every: int = 8
-    ema: float = 0.999
-    cooldown: float = 0.3
+_AS_IT_IS = StochasticSetting()
 
 
 class StochasticRecipe:
@@ -107,7 +59,7 @@ class StochasticRecipe:
         channels: int,
         patch_size: int,
         *,
-        setting: StochasticSetting = StochasticSetting(),
+        setting: StochasticSetting = _AS_IT_IS,
         bf16: bool = False,
         device: torch.device | str = "cpu",
         measurement: Measurement | None = None,

@@ -15,7 +15,8 @@ from cp2image.models.stochastic import (
     StochasticGenerator,
     map_sides,
 )
-from cp2image.models.stochastic_recipe import StochasticRecipe, StochasticSetting
+from cp2image.models.stochastic_recipe import StochasticRecipe
+from cp2image.models.stochastic_setting import StochasticSetting
 
 FEATURES, CHANNELS, SIZE = 6, 2, 20
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from cp2image.models.recipe import Batch
-from cp2image.models.stochastic_recipe import StochasticRecipe, StochasticSetting
+from cp2image.models.stochastic_recipe import StochasticRecipe
+from cp2image.models.stochastic_setting import StochasticSetting
 from tests.models.test_stochastic import CHANNELS, FEATURES, SIZE, alone, batch, equal
 
 

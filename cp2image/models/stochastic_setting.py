@@ -1,0 +1,52 @@
+"""What the training of cp2image-s is made of. Ground floor."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StochasticSetting:
+    """What training is made of; 0 switches a part off.
+
+    Attributes
+    ----------
+    autoencoder
+        Share of the training, its first, in which the autoencoder learns; then it is left as it is.
+    autoencoder_rate
+        Its Adam's learning rate (β 0.9 and 0.99); it falls to 0 in a line over the last 40 % of
+        that share.
+    divergence
+        Weight of KL in its bound.
+    learning_rate
+        Of generator's and discriminator's Adam (β 0 and 0.99).
+    latent
+        Weight of ½ Σ (latent − drawn latent)², the mean over cells.
+    regression
+        Weight of ½ Σ (feature − feature as predicted from the latents)² / p.
+    measured
+        Draws that are measured every 8 steps, over all ranks; from half a batch of the newest 2048
+        the discriminator learns as well how features are to be read. Needs a `Measurement`.
+    dropout
+        Share of what the discriminator reads features from that is left out, each time another.
+    penalty
+        γ of R1 + R2: γ/2 · |∇ score|², for real and for generated latents.
+    penalty_every
+        Steps from one penalty to the next; it counts that many times.
+    ema
+        Decay of the averaged generator, per step, once training is under way.
+    cooldown
+        Share of the rest of the training, its last, in which the learning rates fall to 0 in a
+        line.
+    """
+
+    autoencoder: float = 0.25
+    autoencoder_rate: float = 2e-3
+    divergence: float = 1.0
+    learning_rate: float = 4e-4
+    latent: float = 3e-4
+    regression: float = 6.0
+    measured: int = 16
+    dropout: float = 0.3
+    penalty: float = 1.0
+    penalty_every: int = 8
+    ema: float = 0.999
+    cooldown: float = 0.3
