@@ -103,7 +103,7 @@ class DrawMeasurement:
         sent[: len(rows), -1] = torch.from_numpy(found).to(device)
         everything = gather_over_ranks(sent)
         everything = everything[everything[:, -1] > 0]
-        return everything[:, :width].unflatten(1, shape), everything[:, width:-1]
+        return everything[:, :width].reshape(-1, *shape), everything[:, width:-1]
 
     def features(
         self, patches: NDArray[np.float32], rows: NDArray[np.int64]

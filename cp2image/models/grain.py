@@ -35,6 +35,7 @@ class Grain(nn.Module):
 
     def __init__(self, features: int, channels: int) -> None:
         super().__init__()
+        self._channels = channels
         self.features = nn.Linear(features, _WIDTH)
         self.latents = nn.Linear(2 * latent_channels(channels), _WIDTH)
         self.last = nn.Linear(_WIDTH, channels * _WEIGHTS)
@@ -61,7 +62,7 @@ class Grain(nn.Module):
         summary = torch.cat([maps.mean(dim=2), (maps.var(dim=2) + 1e-4).sqrt()], dim=1)
         hidden = leaky_relu(self.features(features) + self.latents(summary), _SLOPE)
         weights: Tensor = self.last(hidden)
-        return weights.unflatten(1, (-1, _WEIGHTS))
+        return weights.view(-1, self._channels, _WEIGHTS)
 
 
 def filtered(noise: Tensor, weights: Tensor) -> Tensor:
@@ -118,4 +119,5 @@ def spectral_misfit(weights: Tensor, noise: Tensor) -> Tensor:
         counts[:, -1] = 1.0
     counts[0, 0] = 0.0
     misfit = (expected.log() + seen / expected) * counts
-    return misfit.sum(dim=(1, 2, 3)).mean() / side**2
+    total: Tensor = misfit.sum(dim=(1, 2, 3)).mean() / side**2
+    return total

@@ -20,7 +20,9 @@ class Measurement(Protocol):
         Draws that every rank hands over at a time.
     """
 
-    each: int
+    @property
+    def each(self) -> int:
+        """See the class."""
 
     def __call__(
         self, latents: Tensor, patches: Tensor, rows: NDArray[np.int64]
