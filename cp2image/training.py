@@ -27,7 +27,7 @@ from cp2image.storage import delete_tree, exists, filesystem, join, read_bytes, 
 from cp2image.tracking import log_model, record
 from cp2image.training_cells import TrainingRead
 from cp2image.training_loop import STATES, TrainingPlan, adopt_state, read_state, run_worker
-from cp2image.training_measurement import measures_draws
+from cp2image.training_measurement import measured_alike
 from cp2image.training_turns import TurnedRead, open_turned
 
 _FREE = (
@@ -125,7 +125,7 @@ def fingerprint(config: Config, dataset: CellDataset) -> str:
     parts = sorted((m.plate, m.fingerprint, m.rows) for m in dataset.manifests.values())
     settings = config.model_copy(update={"train": train})
     text = settings.fingerprint("train", "split", "scaling") + repr((config.run.seed, parts))
-    if measures_draws(config, dataset):
+    if _measures_draws(config, dataset):
         text += config.fingerprint("measure")
     for one in _turned(config, dataset):
         text += repr(sorted(manifest.identity for manifest in one.manifests.values()))
@@ -165,7 +165,7 @@ def train(config: Config, place: Place = _ALONE) -> TrainingResult:
     with record(config, "train", state.get("run_id", ""), place.tags) as recorder:
         if preparation is not None:
             _describe(dataset, preparation)
-            measures = measures_draws(config, dataset)
+            measures = _measures_draws(config, dataset)
             with nullcontext() if place.quiet else _board() as board:
                 shape = dataset.patch_format
                 plan = TrainingPlan(config, preparation, shape, recorder, mark, board, measures)
@@ -262,6 +262,13 @@ def _describe(dataset: CellDataset, preparation: Preparation) -> None:
         f"{len(preparation.scaling.features)} of {len(dataset.features)} features",
         flush=True,
     )
+
+
+def _measures_draws(config: Config, dataset: CellDataset) -> bool:
+    """Say whether draws are measured while training: where it is wanted and can be done alike."""
+    settings = config.train
+    wanted = settings.preset == STOCHASTIC and settings.stochastic.measured > 0
+    return wanted and measured_alike(config, dataset)
 
 
 def _describe_measurement(plan: TrainingPlan) -> None:

@@ -16,7 +16,6 @@ from cp2image.dataset import CellDataset
 from cp2image.metrics.embedding import quantise
 from cp2image.metrics.measurement import COMPARTMENTS, FAMILIES, feature_names, measure
 from cp2image.models.data_parallel import gather_over_ranks
-from cp2image.models.presets import STOCHASTIC
 from cp2image.models.recipe import Average
 from cp2image.training_cells import CellArrays
 from cp2image.training_turns import TurnedCells
@@ -31,13 +30,6 @@ def measured_alike(config: Config, dataset: CellDataset) -> bool:
     mark = config.fingerprint("measure")
     plates = dataset.manifests.values()
     return all(plate.input and plate.fingerprint == mark for plate in plates)
-
-
-def measures_draws(config: Config, dataset: CellDataset) -> bool:
-    """Say whether draws are measured while training: where it is wanted and can be done alike."""
-    settings = config.train
-    wanted = settings.preset == STOCHASTIC and settings.stochastic.measured > 0
-    return wanted and measured_alike(config, dataset)
 
 
 @dataclass(frozen=True)
