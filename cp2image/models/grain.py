@@ -1,25 +1,40 @@
-"""How alike neighbouring pixels' noise is, cell by cell. Pure torch.
+"""What a cell's noise is like: how alike from pixel to pixel, how uneven. Pure torch.
 
-Optics, resampling and correction make a camera's noise alike from pixel to pixel, and a cell out of
-focus has less of it. `Grain` tells from features and latents what white noise is to be filtered
-with, 3 × 3 pixels a channel; it learns from the spectra of real cells' noise by Whittle's
-likelihood (Arkiv för Matematik 1953).
+Optics, resampling and correction make a camera's noise alike from pixel to pixel, a cell out of
+focus has less of it, and what latents cannot hold looks like noise as well. `Grain` tells from
+features and latents what white noise is to be filtered with, 7 × 7 pixels a channel; it learns from
+the spectra of real cells' noise by Whittle's likelihood (Arkiv för Matematik 1953). How strong
+noise is still differs from what is told, from cell to cell and from place to place: by as much as
+was seen, drawn noise does so too.
 """
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, leaky_relu, pad
+from torch.nn.functional import avg_pool2d, conv2d, interpolate, leaky_relu, pad
 
 from cp2image.models.autoencoder import latent_channels
 
 _SLOPE = 0.2
 _WIDTH = 64
-_WEIGHTS = 5
-"""Of a filter that is the same under a half turn: centre, across, down, falling, rising."""
-_PLACES = torch.tensor([[3, 2, 4], [1, 0, 1], [4, 2, 3]])
-"""Which of the weights stands where in 3 × 3 pixels."""
+_REACH = 3
+"""Pixels that a filter reaches to each side."""
+_PITCH = 8
+"""Pixels from one place to the next, between which strengths differ."""
+_VARIANCE = 0.01
+"""Of strengths' logarithms, at first."""
 _LEAST_POWER = 0.01
 """Of any frequency, so that a filter that leaves one out does not meet an endless misfit."""
+
+
+def _half_plane() -> list[tuple[int, int]]:
+    """Return (down, across) of a filter's weights: the centre, then the nearest first."""
+    reach = range(-_REACH, _REACH + 1)
+    half = [(y, x) for y in reach for x in reach if (y, x) > (0, 0)]
+    return [(0, 0), *sorted(half, key=lambda place: (max(map(abs, place)), place))]
+
+
+PLACES = _half_plane()
+"""Where the weights of a filter stand; each but the centre's once more, mirrored at it."""
 
 
 class Grain(nn.Module):
@@ -31,17 +46,27 @@ class Grain(nn.Module):
         Number of CellProfiler features, p.
     channels
         Channels of a patch.
+    patch_size
+        Its side in pixels.
     """
 
-    def __init__(self, features: int, channels: int) -> None:
+    def __init__(self, features: int, channels: int, patch_size: int) -> None:
         super().__init__()
-        self._channels = channels
+        self._channels, self._side = channels, patch_size
+        self._places = -(-patch_size // _PITCH)
         self.features = nn.Linear(features, _WIDTH)
         self.latents = nn.Linear(2 * latent_channels(channels), _WIDTH)
-        self.last = nn.Linear(_WIDTH, channels * _WEIGHTS)
+        self.last = nn.Linear(_WIDTH, channels * len(PLACES))
+        self.variances = nn.Parameter(torch.full((2, channels), _VARIANCE))
         with torch.no_grad():
             self.last.weight.zero_()
-            self.last.bias.copy_(torch.tensor([1.0, 0, 0, 0, 0]).repeat(channels))
+            self.last.bias.zero_()
+            self.last.bias[:: len(PLACES)] = 1
+
+    @property
+    def noise_size(self) -> int:
+        """Numbers of white noise that one patch takes: pixels', the cell's and places' strength."""
+        return self._channels * (self._side**2 + 1 + self._places**2)
 
     def forward(self, features: Tensor, latents: Tensor) -> Tensor:
         """Return filters.
@@ -56,13 +81,83 @@ class Grain(nn.Module):
         Returns
         -------
         Tensor
-            Weights, (N, channels, 5), for `filtered`.
+            Weights, (N, channels, 25), for `filtered`.
         """
         maps = latents.float().flatten(2)
         summary = torch.cat([maps.mean(dim=2), (maps.var(dim=2) + 1e-4).sqrt()], dim=1)
         hidden = leaky_relu(self.features(features) + self.latents(summary), _SLOPE)
         weights: Tensor = self.last(hidden)
-        return weights.view(-1, self._channels, _WEIGHTS)
+        return weights.view(-1, self._channels, len(PLACES))
+
+    def drawn(self, weights: Tensor, noise: Tensor) -> Tensor:
+        """Filter white noise and make it uneven.
+
+        Parameters
+        ----------
+        weights
+            Each cell's filters, (N, channels, 25).
+        noise
+            Standard normal, (N, noise_size).
+
+        Returns
+        -------
+        Tensor
+            (N, channels, patch_size, patch_size), of the power that the filters give.
+        """
+        pixels = self._channels * self._side**2
+        white = noise[:, :pixels].reshape(-1, self._channels, self._side, self._side)
+        return filtered(white, weights) * self.strength(noise[:, pixels:])
+
+    def strength(self, noise: Tensor) -> Tensor:
+        """Return factors, (N, channels, side, side), whose squares are 1 in the mean.
+
+        Parameters
+        ----------
+        noise
+            Standard normal, (N, channels · (1 + places²)): a number for the cell and one for each
+            place, `_PITCH` px apart, between which it is interpolated at a variance of 1.
+        """
+        whole, local = self.variances.clamp_min(0)[:, :, None, None]
+        noise = noise.view(len(noise), self._channels, -1)
+        spread = torch.eye(self._places, device=noise.device)[None]
+        spread = interpolate(spread, size=self._side, mode="linear", align_corners=True)[0]
+        spread = spread / spread.norm(dim=0)
+        field = spread.T @ noise[..., 1:].unflatten(-1, (self._places, -1)) @ spread
+        uneven = whole.sqrt() * noise[..., :1, None] + local.sqrt() * field
+        return (uneven - (whole + local)).exp()
+
+    def unevenness_misfit(self, weights: Tensor, seen: Tensor, made: Tensor) -> Tensor:
+        """Return what has the gradient by which the variances learn, and no meaning beside.
+
+        Energies' logarithms, less what the filters say, are squared: the whole patch's, and those
+        of places less the patch's. Where seen noise has more of these than made noise, the
+        variance grows, until they are the same.
+
+        Parameters
+        ----------
+        weights
+            Filters, (N, channels, 25).
+        seen
+            What the decoder takes for noise, divided by its deviation, (N, channels, side, side).
+        made
+            Noise that was drawn by the same filters.
+        """
+        told = filter_energy(weights)
+        more = _unevenness(seen, told) - _unevenness(made, told)
+        return -(self.variances * more.detach()).sum()
+
+
+def filter_energy(weights: Tensor) -> Tensor:
+    """Return white noise's mean square once it was filtered, (N, channels)."""
+    return weights[..., 0].square() + 2 * weights[..., 1:].square().sum(dim=-1)
+
+
+def _unevenness(noise: Tensor, told: Tensor) -> Tensor:
+    """Return the mean squares of log energies, (2, channels): of patches, of places in them."""
+    places = avg_pool2d(noise.square(), _PITCH) + 1e-6
+    whole = places.mean(dim=(2, 3))
+    local = (places / whole[:, :, None, None]).log().square().mean(dim=(0, 2, 3))
+    return torch.stack([(whole / (told + 1e-6)).log().square().mean(dim=0), local])
 
 
 def filtered(noise: Tensor, weights: Tensor) -> Tensor:
@@ -73,10 +168,14 @@ def filtered(noise: Tensor, weights: Tensor) -> Tensor:
     noise
         (N, channels, side, side).
     weights
-        Each cell's filters, (N, channels, 5), as of `Grain`.
+        Each cell's filters, (N, channels, 25), as of `Grain`.
     """
-    around = pad(noise, (1, 1, 1, 1), mode="circular").flatten(0, 1)
-    kernels = weights.flatten(0, 1)[:, _PLACES.to(weights.device)].unsqueeze(1)
+    around = pad(noise, (_REACH,) * 4, mode="circular").flatten(0, 1)
+    side = 2 * _REACH + 1
+    flat = torch.tensor([(y + _REACH) * side + x + _REACH for y, x in PLACES])
+    which = torch.empty(side**2, dtype=torch.int64)
+    which[flat] = which[side**2 - 1 - flat] = torch.arange(len(PLACES))
+    kernels = weights.flatten(0, 1)[:, which.to(weights.device)].view(-1, 1, side, side)
     made = conv2d(around.unsqueeze(0), kernels, groups=len(kernels))
     return made.view_as(noise)
 
@@ -88,8 +187,7 @@ def power(weights: Tensor, side: int) -> Tensor:
     """
     down = 2 * torch.pi * torch.fft.fftfreq(side, device=weights.device)[:, None]
     across = 2 * torch.pi * torch.fft.rfftfreq(side, device=weights.device)[None]
-    flat = torch.zeros_like(down + across)
-    waves = torch.stack([across + flat, down + flat, across + down, across - down]).cos()
+    waves = torch.stack([(y * down + x * across).cos() for y, x in PLACES[1:]])
     gain = weights[..., :1, None] + 2 * torch.einsum("nck,kyx->ncyx", weights[..., 1:], waves)
     return gain.square()
 
@@ -100,7 +198,7 @@ def spectral_misfit(weights: Tensor, noise: Tensor) -> Tensor:
     Parameters
     ----------
     weights
-        As of `Grain`, (N, channels, 5).
+        As of `Grain`, (N, channels, 25).
     noise
         What the decoder takes for noise, divided by its deviation, (N, channels, side, side).
 

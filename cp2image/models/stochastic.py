@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate, leaky_relu
 
 from cp2image.models.autoencoder import PatchDecoder, from_log, latent_channels
-from cp2image.models.grain import Grain, filtered
+from cp2image.models.grain import Grain
 from cp2image.models.keyed_noise import keyed_normal
 
 NOISE = 64
@@ -152,14 +152,12 @@ class StochasticGenerator(nn.Module):
         super().__init__()
         self.latents = LatentGenerator(features, channels, patch_size)
         self.decoder = PatchDecoder(channels, patch_size)
-        self.grain = Grain(features, channels)
-        self._shape = (channels, patch_size, patch_size)
+        self.grain = Grain(features, channels, patch_size)
 
     @property
     def noise_size(self) -> int:
-        """Numbers of noise that one patch takes: those of its latents, and one a pixel."""
-        channels, height, width = self._shape
-        return self.latents.noise_size + channels * height * width
+        """Numbers of noise that one patch takes: those of its latents and those of its grain."""
+        return self.latents.noise_size + self.grain.noise_size
 
     def noise(self, keys: Tensor, seed: int) -> Tensor:
         """Return the noise of cells by their keys, (N, noise_size), see `keyed_normal`."""
@@ -182,13 +180,13 @@ class StochasticGenerator(nn.Module):
         """
         own = self.latents.noise_size
         latents = self.latents(features, noise[:, :own])
-        return self.decode(latents, features, noise[:, own:].reshape(-1, *self._shape))
+        return self.decode(latents, features, noise[:, own:])
 
     def decode(self, latents: Tensor, features: Tensor, noise: Tensor) -> Tensor:
-        """Make patches of latents; of noise, white, they take one number a pixel: see `forward`."""
+        """Make patches of latents; of noise, white, they take what the grain does: see `forward`."""
         mean, log_deviation = self.decoder(latents)
         with torch.autocast(latents.device.type, enabled=False):
-            grain = filtered(noise, self.grain(features.float(), latents))
+            grain = self.grain.drawn(self.grain(features.float(), latents), noise)
         return from_log(mean.float() + log_deviation.float().exp() * grain)
 
 

@@ -219,7 +219,11 @@ class StochasticRecipe:
                 decoded, log_deviation = self.generator.decoder(latents[rows])
             noise = (values[rows] - decoded).float() * (-log_deviation.float()).exp()
             weights = self.generator.grain(batch.features[rows] * shown, latents[rows])
-            gradients = list(torch.autograd.grad(spectral_misfit(weights, noise), self._n))
+            size = (len(rows), self.generator.grain.noise_size)
+            white = torch.randn(size, generator=random, device=self._device)
+            made = self.generator.grain.drawn(weights.detach(), white).detach()
+            uneven = self.generator.grain.unevenness_misfit(weights, noise, made)
+            gradients = list(torch.autograd.grad(spectral_misfit(weights, noise) + uneven, self._n))
         self._update(self._n, gradients, self.grain_optimiser, average)
 
     def _measure(
@@ -227,10 +231,10 @@ class StochasticRecipe:
     ) -> None:
         """Make patches of some draws and take up what is measured in them."""
         drawn = drawn[: measurement.each]
-        shape = (len(drawn), *batch.original.shape[1:])
-        pixels = torch.randn(shape, generator=random, device=self._device)
+        size = (len(drawn), self.generator.grain.noise_size)
+        noise = torch.randn(size, generator=random, device=self._device)
         with torch.no_grad(), self._autocast():
-            patches = self.generator.decode(drawn, batch.features[: len(drawn)], pixels)
+            patches = self.generator.decode(drawn, batch.features[: len(drawn)], noise)
         self._measured.add(*measurement(drawn, patches, batch.rows[: len(drawn)]))
 
     def _kept(self, random: Random, latents: Tensor) -> Tensor | None:

@@ -320,7 +320,7 @@ def test_the_autoencoder_learns_first_and_alone_and_then_stays():
     assert moved == [[True, True, False, False]] * 2 + [[False, False, True, True]] * 2
 
 
-def test_a_draws_pixels_differ_by_the_filtered_noise():
+def test_a_draws_pixels_differ_by_the_grain():
     torch.manual_seed(0)
     generator = StochasticGenerator(FEATURES, CHANNELS, SIZE)
     noise = torch.randn(2, generator.noise_size)
@@ -362,6 +362,8 @@ def test_draws_learn_the_noise_of_cells_that_lie_as_they_were_taken(monkeypatch)
     assert centre.tolist() == pytest.approx([1.0, 1.0], abs=0.1)
     assert across.tolist() == pytest.approx([0.6, 0.6], abs=0.1)
     assert torch.stack(others).abs().max() < 0.1
+    variances = tested.generator.grain.variances.detach()
+    assert not torch.equal(variances, torch.full_like(variances, 0.01))  # they learn as well
     assert tested.averaged.grain is tested.generator.grain
     assert torch.equal(tested.published()[0]["grain.last.bias"], tested.generator.grain.last.bias)
 

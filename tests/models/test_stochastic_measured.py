@@ -54,7 +54,7 @@ def test_some_of_the_draws_are_handed_over_every_eight_steps_as_patches_with_the
             noise = torch.randn(8, before.latents.noise_size, generator=random)
             drawn = before.latents(numbered(step).features, noise)[:6]
             torch.testing.assert_close(latents, drawn, rtol=1e-4, atol=1e-5)
-            pixels = torch.randn(6, CHANNELS, SIZE, SIZE, generator=random)
+            pixels = torch.randn(6, before.grain.noise_size, generator=random)
             expected = before.decode(drawn, numbered(step).features[:6], pixels)
             torch.testing.assert_close(patches, expected, rtol=1e-3, atol=1e-4)
     assert len(reading.calls) == 3
