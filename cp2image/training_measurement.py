@@ -88,22 +88,22 @@ class DrawMeasurement:
         return -(-self.wanted // self.world)
 
     def __call__(
-        self, latents: Tensor, patches: Tensor, rows: NDArray[np.int64]
-    ) -> tuple[Tensor, Tensor]:
+        self, latents: Tensor, patches: Tensor, asked: Tensor, rows: NDArray[np.int64]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Measure draws, see `cp2image.models.measured_draws.Measurement`."""
         scaled, found = self.features(patches.float().cpu().numpy(), rows)
         device, shape = latents.device, latents.shape[1:]
         if self.world == 1:
             kept = torch.from_numpy(found).to(device)
-            return latents[kept], torch.from_numpy(scaled[found]).to(device)
-        width = shape.numel()
-        sent = torch.zeros((self.each, width + scaled.shape[1] + 1), device=device)
-        sent[: len(rows), :width] = latents.flatten(1)
-        sent[: len(rows), width:-1] = torch.from_numpy(scaled).to(device)
-        sent[: len(rows), -1] = torch.from_numpy(found).to(device)
+            return latents[kept], torch.from_numpy(scaled[found]).to(device), asked[kept]
+        there = torch.from_numpy(found).to(device).float().unsqueeze(1)
+        parts = [latents.flatten(1), torch.from_numpy(scaled).to(device), asked, there]
+        widths = [part.shape[1] for part in parts]
+        sent = torch.zeros((self.each, sum(widths)), device=device)
+        sent[: len(rows)] = torch.cat(parts, dim=1)
         everything = gather_over_ranks(sent)
-        everything = everything[everything[:, -1] > 0]
-        return everything[:, :width].reshape(-1, *shape), everything[:, width:-1]
+        drawn, measured, wanted, _ = torch.split(everything[everything[:, -1] > 0], widths, dim=1)
+        return drawn.reshape(-1, *shape), measured, wanted
 
     def features(
         self, patches: NDArray[np.float32], rows: NDArray[np.int64]

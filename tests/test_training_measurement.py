@@ -226,8 +226,10 @@ def test_draws_without_a_nucleus_are_passed_over(tmp_path, measured):
     patches = cells.normalised(rows, CPU)
     patches[1] = 0
     latents = torch.arange(4.0).view(4, 1, 1, 1)
-    kept, features = measurement_of(made, cells)(latents, patches, rows)
+    asked = torch.from_numpy(cells.features[rows]) + 1
+    kept, features, as_asked = measurement_of(made, cells)(latents, patches, asked, rows)
     assert kept.flatten().tolist() == [0, 2, 3]
+    assert torch.equal(as_asked, asked[[0, 2, 3]])
     assert features.shape == (3, cells.features.shape[1])
     assert (features - torch.from_numpy(cells.features[[0, 2, 3]])).abs().median() < 0.05
 
@@ -322,7 +324,8 @@ def test_two_ranks_learn_from_the_draws_of_both(tmp_path, measured, ray_session)
         patches[1] *= rank  # one cannot be measured
         latents = torch.arange(3.0 - rank).view(-1, 1, 1, 1) + 10 * rank
         measurement = measurement_of(made, shares[rank], world=2, wanted=5)
-        found = measurement(latents, patches, np.arange(3 - rank))
+        asked = torch.from_numpy(shares[rank].features[: 3 - rank]) + 1
+        found = measurement(latents, patches, asked, np.arange(3 - rank))
         dist.destroy_process_group()
         return [part.numpy() for part in found]
 
@@ -330,10 +333,11 @@ def test_two_ranks_learn_from_the_draws_of_both(tmp_path, measured, ray_session)
     first, second = ray_session.get([remote.remote(rank) for rank in range(2)], timeout=120)
     for one, other in zip(first, second, strict=True):
         np.testing.assert_array_equal(one, other)
-    latents, features = first
+    latents, features, asked = first
     assert latents.flatten().tolist() == [0, 2, 10, 11]
-    own = [shares[0].features[[0, 2]], shares[1].features[:2]]
-    assert np.median(np.abs(features - np.concatenate(own))) < 0.05
+    own = np.concatenate([shares[0].features[[0, 2]], shares[1].features[:2]])
+    assert np.median(np.abs(features - own)) < 0.05
+    np.testing.assert_array_equal(asked, own + 1)
 
 
 def test_two_ranks_that_measure_end_with_the_same_weights(tmp_path, measured, ray_session):

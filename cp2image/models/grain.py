@@ -118,13 +118,16 @@ class Grain(nn.Module):
             place, `_PITCH` px apart, between which it is interpolated at a variance of 1.
         """
         whole, local = self.variances.clamp_min(0)[:, :, None, None]
-        noise = noise.view(len(noise), self._channels, -1)
-        spread = torch.eye(self._places, device=noise.device)[None]
+        count = self._places
+        noise = noise.view(len(noise), self._channels, 1 + count**2)
+        places = noise[..., 1:].reshape(-1, self._channels, count, count)
+        spread = torch.eye(count, device=noise.device)[None]
         spread = interpolate(spread, size=self._side, mode="linear", align_corners=True)[0]
         spread = spread / spread.norm(dim=0)
-        field = spread.T @ noise[..., 1:].unflatten(-1, (self._places, -1)) @ spread
+        field = spread.T @ places @ spread
         uneven = whole.sqrt() * noise[..., :1, None] + local.sqrt() * field
-        return (uneven - (whole + local)).exp()
+        factors: Tensor = (uneven - (whole + local)).exp()
+        return factors
 
     def unevenness_misfit(self, weights: Tensor, seen: Tensor, made: Tensor) -> Tensor:
         """Return what has the gradient by which the variances learn, and no meaning beside.

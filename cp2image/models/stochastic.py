@@ -183,7 +183,7 @@ class StochasticGenerator(nn.Module):
         return self.decode(latents, features, noise[:, own:])
 
     def decode(self, latents: Tensor, features: Tensor, noise: Tensor) -> Tensor:
-        """Make patches of latents; of noise, white, they take what the grain does: see `forward`."""
+        """Make patches of latents and of the noise that `Grain.drawn` takes, see `forward`."""
         mean, log_deviation = self.decoder(latents)
         with torch.autocast(latents.device.type, enabled=False):
             grain = self.grain.drawn(self.grain(features.float(), latents), noise)

@@ -35,7 +35,8 @@ class StochasticRecipe:
     score(cell)), the generator the reverse (relativistic pairing, Jolicoeur-Martineau, ICLR 2019;
     with R1 + R2 as in R3GAN, Huang et al., NeurIPS 2024). How features are read from latents the
     discriminator learns from cells and, where draws can be measured, from draws as well: else it
-    would not know what becomes of a draw's flaws when it is measured, nor the generator.
+    would not know what becomes of a draw's flaws when it is measured, nor the generator. What
+    draws still lack on average is asked for in addition.
 
     Parameters
     ----------
@@ -185,7 +186,8 @@ class StochasticRecipe:
         loss, adversarial = softplus(-difference).mean(), softplus(difference).mean()
         regression = _distance(seen, asked)
         if setting.regression:
-            adversarial = adversarial + setting.regression * _distance(fake_seen, features)
+            wanted = features + self._measured.correction
+            adversarial = adversarial + setting.regression * _distance(fake_seen, wanted)
         (pull,) = torch.autograd.grad(adversarial, seen_draw, retain_graph=True)
         total = loss + setting.regression * regression
         both = torch.cat([real, seen_draw])
@@ -235,7 +237,8 @@ class StochasticRecipe:
         noise = torch.randn(size, generator=random, device=self._device)
         with torch.no_grad(), self._autocast():
             patches = self.generator.decode(drawn, batch.features[: len(drawn)], noise)
-        self._measured.add(*measurement(drawn, patches, batch.rows[: len(drawn)]))
+        asked, rows = batch.features[: len(drawn)], batch.rows[: len(drawn)]
+        self._measured.add(*measurement(drawn, patches, asked, rows))
 
     def _kept(self, random: Random, latents: Tensor) -> Tensor | None:
         """Draw dropout's factors, (N, summed_up)."""

@@ -20,11 +20,11 @@ class Reading:
     def __init__(self):
         self.calls = []
 
-    def __call__(self, latents, patches, rows):
+    def __call__(self, latents, patches, asked, rows):
         self.calls.append((latents.clone(), patches.clone(), rows))
         marks = torch.from_numpy(rows % 7).float() - 3 + 0.1 * len(self.calls)
         found = torch.from_numpy(rows != 1)  # that one could not be measured
-        return latents[found], marks[found, None].expand(-1, FEATURES)
+        return latents[found], marks[found, None].expand(-1, FEATURES), asked[found]
 
 
 def recipe(measurement, share=0.5, **setting):
@@ -128,3 +128,35 @@ def test_an_autoencoder_that_learns_on_begins_anew_with_measured_draws():
     assert int(tested.state()["measured.seen"]) == 0
     tested.reached(0.5)
     assert "L_measured" not in tested.step(numbered(), 2, alone)
+
+
+def test_the_generator_is_asked_for_what_draws_lack_beside_the_features():
+    """Oracle: the same step with features that are larger by the correction."""
+    tested = recipe(Reading(), regression=2.0)
+    tested.step(numbered(), 0, alone)
+    correction = tested._measured.correction
+    assert (correction != 0).all()
+    read = []
+    forward = tested.discriminator.forward
+
+    def follow(latents, features, kept=None):
+        read.append(forward(latents, features, kept))
+        return read[-1]
+
+    tested.discriminator.forward = follow
+    cells = numbered(1)
+    losses = tested.step(cells, 1, alone)
+    (score, _), (fake, seen) = read[:2]
+    regression = 0.5 * (seen - cells.features - correction).square().mean()
+    expected = torch.nn.functional.softplus(score[:8] - fake).mean() + 2.0 * regression
+    torch.testing.assert_close(losses["L_generator"], expected.detach())
+
+
+def test_what_was_asked_for_is_handed_over_with_the_draws():
+    reading = Reading()
+    tested = recipe(reading)
+    tested.step(numbered(), 0, alone)
+    rows = torch.tensor([0, 2, 3, 4, 5])  # the second draw could not be measured
+    marks = (rows % 7 - 3 + 0.1)[:, None]
+    expected = 5e-4 * (numbered().features[rows] - marks).sum(dim=0)
+    torch.testing.assert_close(tested._measured.correction, expected)
