@@ -102,9 +102,12 @@ class MeasuredDraws:
 
     def state(self) -> dict[str, Tensor]:
         """Return what `load_state` takes back."""
-        kept = {"latents": self._latents, "features": self._features}
-        kept["correction"] = self.correction
-        return {**kept, "seen": torch.tensor(self._seen)}
+        return {
+            "latents": self._latents,
+            "features": self._features,
+            "correction": self.correction,
+            "seen": torch.tensor(self._seen),
+        }
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take back what `state` returned, from any device."""
