@@ -9,7 +9,8 @@ strength per channel (StyleGAN, Karras et al., CVPR 2019). The discriminator com
 features by projection (Miyato and Koyama, ICLR 2018) and predicts the features (as the auxiliary
 classifier of Odena et al., ICML 2017, with numbers for classes). For these it also sees how bright
 and how varied every stage's channels are, over the patch and within compartments that it learns to
-outline, as CellProfiler's features are means over compartments, and where a point lies.
+outline, as CellProfiler's features are means over compartments, where a point lies, and how cells
+lie around the middle, as `CircularHarmonics` says.
 """
 
 from itertools import pairwise
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate, leaky_relu
 
 from cp2image.models.autoencoder import PatchDecoder, from_log, latent_channels
+from cp2image.models.circular_harmonics import CircularHarmonics
 from cp2image.models.grain import Grain
 from cp2image.models.keyed_noise import keyed_normal
 
@@ -33,6 +35,8 @@ _READING = 512
 """Width of the hidden layer that features are read by."""
 _COMPARTMENTS = 6
 """Soft masks at each stage, within which channels are summed up."""
+_AROUND = 12
+"""Maps, beside the first stage's masks, that are looked at around the middle."""
 _SEEN = (64, 128)
 """Channels of the discriminator's stages; the last is kept where there are more."""
 _COARSEST, _LAST = 12, 5
@@ -198,7 +202,8 @@ class StochasticDiscriminator(nn.Module):
     across, down, and how far from the centre. The score is that of the whole map, plus how well
     features match, plus the means of scores at the points of every stage, which see texture only.
     Features are read from the last map and from mean and standard deviation of every stage's
-    channels, over the patch and within the stage's compartments.
+    channels, over the patch and within the stage's compartments, and from the first stage's
+    harmonics around the middle.
     """
 
     where: Tensor
@@ -224,7 +229,10 @@ class StochasticDiscriminator(nn.Module):
             nn.LeakyReLU(_SLOPE),
             nn.Linear(_EMBEDDING, _EMBEDDING),
         )
+        self.pick = nn.Conv2d(widths[1], _AROUND, 1)
+        self.harmonics = CircularHarmonics(_AROUND + _COMPARTMENTS, self.where.shape[-1])
         self.summed_up = widths[-1] * side**2 + 2 * (1 + _COMPARTMENTS) * sum(widths[1:])
+        self.summed_up += self.harmonics.length
         self.norm = nn.LayerNorm(self.summed_up)
         self.regression = nn.Sequential(
             nn.Linear(self.summed_up, _READING),
@@ -261,6 +269,8 @@ class StochasticDiscriminator(nn.Module):
                 texture = texture + self.local[stage](x).mean(dim=(1, 2, 3))
                 masks = self.compartments[stage](x).sigmoid()
                 summary += [x.mean(dim=(2, 3)), _deviation(x), _within(masks, x)]
+                if stage == 0:
+                    summary.append(self.harmonics(torch.cat([self.pick(x), masks], dim=1)))
                 x = avg_pool2d(x, 2)
         flat = x.flatten(1)
         seen = leaky_relu(self.flat(flat), _SLOPE)

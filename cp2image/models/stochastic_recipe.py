@@ -151,12 +151,7 @@ class StochasticRecipe:
             )
         total = (misfit + self.setting.divergence * divergence) / values[0].numel()
         gradients = torch.autograd.grad(total, self._a)
-        average(gradients)
-        for parameter, gradient in zip(self._a, gradients, strict=True):
-            parameter.grad = gradient
-        clip_grad_norm_(self._a, 1.0)
-        self.autoencoder_optimiser.step()
-        self.autoencoder_optimiser.zero_grad(set_to_none=True)
+        self._update(self._a, gradients, self.autoencoder_optimiser, average, most=1.0)
         self._measured.forget()  # another autoencoder's latents
         pixel = pixel_loss(batch.original, from_log(decoded.detach()))
         losses = {"L_MSE": pixel, "L_likelihood": misfit, "L_KL": divergence}
@@ -226,7 +221,8 @@ class StochasticRecipe:
             made = self.generator.grain.drawn(weights.detach(), white).detach()
             uneven = self.generator.grain.unevenness_misfit(weights, noise, made)
             gradients = list(torch.autograd.grad(spectral_misfit(weights, noise) + uneven, self._n))
-        self._update(self._n, gradients, self.grain_optimiser, average)
+        # Where a filter nears 0 the likelihood is steep, and one step could lead astray.
+        self._update(self._n, gradients, self.grain_optimiser, average, most=1.0)
 
     def _measure(
         self, measurement: Measurement, drawn: Tensor, batch: Batch, random: Random
@@ -293,10 +289,14 @@ class StochasticRecipe:
         gradients: Sequence[Tensor],
         optimiser: torch.optim.Optimizer,
         average: Average,
+        most: float | None = None,
     ) -> None:
+        """Step by the ranks' mean gradients, of a norm of at most ``most``."""
         average(gradients)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
+        if most is not None:
+            clip_grad_norm_(parameters, most)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
 

@@ -99,7 +99,7 @@ def test_scores_depend_on_both_latents_and_features():
     assert torch.equal(seen, same)
 
 
-def test_features_are_read_from_how_bright_and_how_varied_maps_are_in_each_compartment():
+def test_features_are_read_from_maps_as_a_whole_in_each_compartment_and_around_the_middle():
     torch.manual_seed(0)
     judge = StochasticDiscriminator(FEATURES, CHANNELS, SIZE)
     maps: list[torch.Tensor] = []
@@ -109,6 +109,7 @@ def test_features_are_read_from_how_bright_and_how_varied_maps_are_in_each_compa
     _, summary = judge(latents, torch.zeros(2, FEATURES))
     found = torch.nn.functional.leaky_relu(maps[0], 0.2)
     masks = torch.sigmoid(judge.compartments[0](found))
+    around = judge.harmonics(torch.cat([judge.pick(found), masks], dim=1))
     for cell in range(2):
         expected = [found[cell].mean(dim=(1, 2)), found[cell].std(dim=(1, 2))]
         pixels = found[cell].flatten(1)
@@ -118,6 +119,7 @@ def test_features_are_read_from_how_bright_and_how_varied_maps_are_in_each_compa
         for mean, weight in zip(means, weights, strict=True):
             variance = ((pixels - mean[:, None]) ** 2 * weight).sum(dim=1)
             expected.append((variance + 1e-4).sqrt())
+        expected.append(around[cell])
         part = summary[cell, judge.flat.in_features :]
         torch.testing.assert_close(part, torch.cat(expected), atol=2e-3, rtol=2e-3)
 
@@ -350,7 +352,7 @@ def test_draws_learn_the_noise_of_cells_that_lie_as_they_were_taken(monkeypatch)
     random = torch.Generator().manual_seed(0)
     for seed in range(400):
         cells = batch(seed, 16)
-        noise = 0.1 * smeared(16, 0.6)
+        noise = 0.1 * smeared(16, 0.4)  # no frequency is lost, or other filters explain it too
         upright = torch.arange(16) % 4 == 1
         noise = torch.where(upright[:, None, None, None], noise, noise.transpose(2, 3))
         orientations = torch.where(upright, 0, 1).to(torch.uint8)
@@ -360,7 +362,7 @@ def test_draws_learn_the_noise_of_cells_that_lie_as_they_were_taken(monkeypatch)
     weights = tested.generator.grain(torch.zeros(1, FEATURES), latents[:1])[0]
     centre, across, *others = weights.T
     assert centre.tolist() == pytest.approx([1.0, 1.0], abs=0.1)
-    assert across.tolist() == pytest.approx([0.6, 0.6], abs=0.1)
+    assert across.tolist() == pytest.approx([0.4, 0.4], abs=0.1)
     assert torch.stack(others).abs().max() < 0.1
     variances = tested.generator.grain.variances.detach()
     assert not torch.equal(variances, torch.full_like(variances, 0.01))  # they learn as well
