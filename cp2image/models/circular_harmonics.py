@@ -1,8 +1,8 @@
 """How maps vary around the middle of a patch: amplitudes of circular waves. Pure torch.
 
-About half of CellProfiler's features tell how a cell lies around its middle: Zernike moments (Boland,
-Markey and Murphy, Cytometry 1998) are sizes of projections on waves around it, radial distributions
-are means and variations over rings. Means over compartments do not hold these.
+About half of CellProfiler's features tell how a cell lies around its middle: Zernike moments
+(Boland, Markey and Murphy, Cytometry 1998) are sizes of projections on waves around it, radial
+distributions are means and variations over rings. Means over compartments do not hold these.
 """
 
 import torch
