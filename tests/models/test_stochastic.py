@@ -344,6 +344,7 @@ def smeared(cells, share):
 def test_draws_learn_the_noise_of_cells_that_lie_as_they_were_taken(monkeypatch):
     monkeypatch.setattr(stochastic_recipe, "_GRAIN_RATE", 0.001)
     tested = recipe(cooldown=0.0)
+    torch.manual_seed(0)  # noise by which steps of any size lead one channel astray
     for layer in (tested.generator.decoder.smooth, tested.generator.decoder.sharp):
         torch.nn.init.zeros_(layer.weight)  # the decoder expects 0: all of a patch is noise
         torch.nn.init.zeros_(layer.bias)
