@@ -125,8 +125,9 @@ class Train(Section):
     threads: Positive | None = None
     """Torch threads per worker; None: the CPUs divided by the workers."""
     gpu: bool = False
-    bf16: bool | None = None
-    """Run the networks in bfloat16. None: only ``cp2image-s``, on CPUs that multiply in it."""
+    bf16: bool | Literal["auto"] | None = None
+    """Run the networks in bfloat16; ``auto``: on CPUs that multiply in it, elsewhere it is slower
+    than float32. None: ``auto`` for ``cp2image-s``, float32 for the others."""
     max_failures: Count = 3
     validate_every: Positive = 1000
     validation_cells: Positive = 1000

@@ -63,9 +63,10 @@ def build_recipe(
 
 def in_bf16(settings: Train, device: torch.device) -> bool:
     """Say whether the networks run in bfloat16: as is asked for, or the preset's own way."""
-    if settings.bf16 is not None:
-        return settings.bf16
-    return settings.preset == STOCHASTIC and multiplies_bfloat16(device)
+    asked = settings.bf16
+    if asked is None:
+        asked = "auto" if settings.preset == STOCHASTIC else False
+    return multiplies_bfloat16(device) if asked == "auto" else asked
 
 
 def _given(value: float | None, own: float) -> float:

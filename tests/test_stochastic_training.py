@@ -156,6 +156,8 @@ def test_settings_that_make_no_sense_are_refused(tmp_path, cells):
         ({"avx512_f": True, "amx_bf16": False}, None, False),
         ({"avx512_bf16": True}, False, False),
         ({}, True, True),
+        ({"amx_bf16": True}, "auto", True),
+        ({"avx512_f": True}, "auto", False),
     ],
 )
 def test_bf16_by_itself_where_the_processor_multiplies_in_it(
@@ -166,7 +168,9 @@ def test_bf16_by_itself_where_the_processor_multiplies_in_it(
     assert TrainingLoop(plan, *cells_of(plan)).recipe.bf16 is found
 
 
-def test_the_published_network_stays_in_float32(tmp_path, cells, monkeypatch):
+def test_the_published_network_stays_in_float32_unless_asked(tmp_path, cells, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     plan = plan_of(experiment(tmp_path / "run", cells))
     assert TrainingLoop(plan, *cells_of(plan)).recipe.bf16 is False
+    plan = plan_of(experiment(tmp_path / "asked", cells, bf16="auto"))
+    assert TrainingLoop(plan, *cells_of(plan)).recipe.bf16 is True
