@@ -4,13 +4,14 @@ Features and a noise vector shape a coarse map of latents that is doubled by bil
 up to a quarter of the patch's side, with 3 × 3 convolutions at each side; `PatchDecoder`, which has
 learned from real patches, makes it a patch in the same pass, with noise as `Grain` says. So an
 adversary only has to teach how latents lie, not how pixels do. Group norm is modulated by features
-and noise (FiLM, Perez et al., AAAI 2018), a noise map enters before every activation with a learned
-strength per channel (StyleGAN, Karras et al., CVPR 2019). The discriminator compares latents with
-features by projection (Miyato and Koyama, ICLR 2018) and predicts the features (as the auxiliary
-classifier of Odena et al., ICML 2017, with numbers for classes). For these it also sees how bright
-and how varied every stage's channels are, over the patch and within compartments that it learns to
-outline, as CellProfiler's features are means over compartments, where a point lies, and how cells
-lie around the middle, as `CircularHarmonics` says.
+and noise (FiLM, Perez et al., AAAI 2018), noise maps enter before every activation with a learned
+strength per channel (StyleGAN, Karras et al., CVPR 2019), here with a strength from the start:
+where it begins at 0, a generator of many features makes its texture out of these. The discriminator
+compares latents with features by projection (Miyato and Koyama, ICLR 2018) and predicts the
+features (as the auxiliary classifier of Odena et al., ICML 2017, with numbers for classes). For
+these it also sees how bright and how varied every stage's channels are, over the patch and within
+compartments that it learns to outline, as CellProfiler's features are means over compartments,
+where a point lies, and how cells lie around the middle, as `CircularHarmonics` says.
 """
 
 from itertools import pairwise
@@ -28,7 +29,12 @@ from cp2image.models.keyed_noise import keyed_normal
 NOISE = 64
 """Length of the noise vector."""
 _SLOPE = 0.2
-_EMBEDDING, _STYLE = 256, 192
+_MAPS, _STRENGTH = 4, 0.3
+"""Noise maps that enter at a time; the standard deviation of their sum at first."""
+_EMBEDDING, _STYLE = 512, 384
+"""Widths of what the generator makes of the features."""
+_COMPARED = 256
+"""Numbers by which the discriminator compares latents with features."""
 _FIRST, _WIDTH = 64, 96
 """Channels of the coarse map, and after it was doubled."""
 _READING = 512
@@ -69,13 +75,13 @@ class _Block(nn.Module):
     def __init__(self, inputs: int, outputs: int, style: int) -> None:
         super().__init__()
         self.convolution = nn.Conv2d(inputs, outputs, 3, padding=1)
-        self.strength = nn.Parameter(torch.zeros(outputs))
+        self.strength = nn.Conv2d(_MAPS, outputs, 1, bias=False)
+        nn.init.normal_(self.strength.weight, std=_STRENGTH / _MAPS**0.5)
         self.norm = nn.GroupNorm(_GROUPS, outputs, affine=False)
         self.film = nn.Linear(style, 2 * outputs)
 
     def forward(self, x: Tensor, style: Tensor, noise: Tensor) -> Tensor:
-        x = self.convolution(x)
-        x = x + self.strength.view(1, -1, 1, 1) * noise
+        x = self.convolution(x) + self.strength(noise)
         scale, shift = self.film(style)[:, :, None, None].chunk(2, dim=1)
         return leaky_relu(torch.addcmul(shift, self.norm(x), 1 + scale), _SLOPE)
 
@@ -111,8 +117,8 @@ class LatentGenerator(nn.Module):
 
     @property
     def noise_size(self) -> int:
-        """Numbers of noise that one map takes: the vector, and a map for each block."""
-        return NOISE + sum(side**2 for side in self.sides)
+        """Numbers of noise that one map takes: the vector, and the maps of each block."""
+        return NOISE + _MAPS * sum(side**2 for side in self.sides)
 
     def forward(self, features: Tensor, noise: Tensor) -> Tensor:
         """Draw latents.
@@ -136,8 +142,9 @@ class LatentGenerator(nn.Module):
         for side, block in zip(self.sides, self.blocks, strict=True):
             if side != x.shape[-1]:
                 x = interpolate(x, size=(side, side), mode="bilinear", align_corners=False)
-            end = start + side * side
-            x = block(x, style, noise[:, start:end].reshape(-1, 1, side, side))
+            end = start + _MAPS * side * side
+            maps = noise[:, start:end].reshape(-1, _MAPS, side, side)
+            x = block(x, style, maps.contiguous(memory_format=torch.channels_last))
             start = end
         drawn: Tensor = self.last(x)
         return drawn
@@ -222,12 +229,12 @@ class StochasticDiscriminator(nn.Module):
             self.convolutions.append(nn.Conv2d(outputs, outputs, 3, padding=1))
             self.local.append(nn.Conv2d(outputs, 1, 1))
             self.compartments.append(nn.Conv2d(outputs, _COMPARTMENTS, 1))
-        self.flat = nn.Linear(widths[-1] * side**2, _EMBEDDING)
-        self.score = nn.Linear(_EMBEDDING, 1)
+        self.flat = nn.Linear(widths[-1] * side**2, _COMPARED)
+        self.score = nn.Linear(_COMPARED, 1)
         self.embedding = nn.Sequential(
-            nn.Linear(features, _EMBEDDING),
+            nn.Linear(features, _COMPARED),
             nn.LeakyReLU(_SLOPE),
-            nn.Linear(_EMBEDDING, _EMBEDDING),
+            nn.Linear(_COMPARED, _COMPARED),
         )
         self.pick = nn.Conv2d(widths[1], _AROUND, 1)
         self.harmonics = CircularHarmonics(_AROUND + _COMPARTMENTS, self.where.shape[-1])
@@ -274,7 +281,7 @@ class StochasticDiscriminator(nn.Module):
                 x = avg_pool2d(x, 2)
         flat = x.flatten(1)
         seen = leaky_relu(self.flat(flat), _SLOPE)
-        match = (seen * self.embedding(features)).sum(dim=1) / _EMBEDDING**0.5
+        match = (seen * self.embedding(features)).sum(dim=1) / _COMPARED**0.5
         summed_up = self.norm(torch.cat([flat, *summary], dim=1))
         read: Tensor = self.regression(summed_up if kept is None else summed_up * kept)
         return self.score(seen).flatten() + match + texture, read

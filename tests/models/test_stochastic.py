@@ -80,9 +80,6 @@ def test_too_small_patches_are_refused():
 
 def test_every_number_of_the_noise_has_its_place():
     generator = StochasticGenerator(FEATURES, CHANNELS, SIZE)
-    with torch.no_grad():
-        for block in generator.latents.blocks:
-            block.strength.fill_(0.5)
     noise = torch.randn(1, generator.noise_size, requires_grad=True)
     drawn = generator(torch.randn(1, FEATURES), noise)
     assert (drawn > 0).all()  # where it is limited to 0 noise has no say
