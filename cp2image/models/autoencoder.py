@@ -125,12 +125,25 @@ def evidence(
         a cell and averaged over cells; the decoded mean on the log scale.
     """
     mean, log_variance = encoder(values)
-    decoded, log_deviation = decoder(mean + (0.5 * log_variance.float()).exp() * noise)
-    decoded, log_deviation = decoded.float(), log_deviation.float()
     mean, log_variance = mean.float(), log_variance.float()
-    misfit = 0.5 * ((values - decoded) * (-log_deviation).exp()).square() + log_deviation
+    misfit, decoded = decoding_misfit(decoder, sampled(mean, log_variance, noise), values)
     divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
-    return misfit.sum(dim=(1, 2, 3)).mean(), divergence.sum(dim=(1, 2, 3)).mean(), decoded
+    return misfit, divergence.sum(dim=(1, 2, 3)).mean(), decoded
+
+
+def sampled(mean: Tensor, log_variance: Tensor, noise: Tensor) -> Tensor:
+    """Return latents as the encoder is unsure of them, all of one shape."""
+    return mean + (0.5 * log_variance).exp() * noise
+
+
+def decoding_misfit(
+    decoder: PatchDecoder, latents: Tensor, values: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return −log p(patch | latents) and the decoded mean, see `evidence`."""
+    decoded, log_deviation = decoder(latents)
+    decoded, log_deviation = decoded.float(), log_deviation.float()
+    misfit = 0.5 * ((values - decoded) * (-log_deviation).exp()).square() + log_deviation
+    return misfit.sum(dim=(1, 2, 3)).mean(), decoded
 
 
 def _resized(x: Tensor, side: int) -> Tensor:

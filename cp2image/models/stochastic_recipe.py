@@ -8,7 +8,14 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 from torch.nn.utils import clip_grad_norm_
 
-from cp2image.models.autoencoder import PatchEncoder, evidence, from_log, to_log
+from cp2image.models.autoencoder import (
+    PatchEncoder,
+    decoding_misfit,
+    evidence,
+    from_log,
+    sampled,
+    to_log,
+)
 from cp2image.models.grain import spectral_misfit
 from cp2image.models.losses import pixel_loss
 from cp2image.models.measured_draws import MeasuredDraws, Measurement
@@ -16,8 +23,10 @@ from cp2image.models.recipe import Average, Batch, load_optimiser, optimiser_sta
 from cp2image.models.stochastic import StochasticDiscriminator, StochasticGenerator
 from cp2image.models.stochastic_setting import StochasticSetting
 
-_GRAIN_EVERY, _GRAIN_CELLS = 4, 4
-"""Steps of the second part from one look at the noise of real patches to the next, and how many."""
+_GRAIN_CELLS = 4
+"""Most cells of a step of the second part whose noise is looked at."""
+_DECODE_EVERY, _DECODE_RATE = 8, 0.5
+"""Steps of the second part from one of the decoder's to the next; its share of the first's rate."""
 _GRAIN_RATE, _GRAIN_DROPOUT = 3e-4, 0.2
 """Learning rate of what noise is filtered with; share of the features that it does not see."""
 _MEASURE_EVERY = 8
@@ -30,13 +39,14 @@ _AS_IT_IS = StochasticSetting()
 class StochasticRecipe:
     """All networks, their optimisers, the averaged generator, and one training step.
 
-    First the autoencoder learns patches. Then the discriminator learns to tell a cell's latents
-    from drawn ones of the same features by the difference of their scores, softplus(score(draw) −
-    score(cell)), the generator the reverse (relativistic pairing, Jolicoeur-Martineau, ICLR 2019;
-    with R1 + R2 as in R3GAN, Huang et al., NeurIPS 2024). How features are read from latents the
-    discriminator learns from cells and, where draws can be measured, from draws as well: else it
-    would not know what becomes of a draw's flaws when it is measured, nor the generator. What
-    draws still lack on average is asked for in addition.
+    First the autoencoder learns patches; its decoder and what filters noise go on to the end. Then
+    the discriminator learns to tell a cell's latents from drawn ones of the same features by the
+    difference of their scores, softplus(score(draw) − score(cell)), the generator the reverse
+    (relativistic pairing, Jolicoeur-Martineau, ICLR 2019; with R1 + R2 as in R3GAN, Huang et al.,
+    NeurIPS 2024). How features are read from latents the discriminator learns from cells and, where
+    draws can be measured, from draws as well: else it would not know what becomes of a draw's flaws
+    when it is measured, nor the generator. What draws still lack on average is asked for in
+    addition.
 
     Parameters
     ----------
@@ -80,7 +90,8 @@ class StochasticRecipe:
         self._g = list(self.generator.latents.parameters())
         self._d = list(self.discriminator.parameters())
         self._n = list(self.generator.grain.parameters())
-        self._a = [*self.encoder.parameters(), *self.generator.decoder.parameters()]
+        self._decoder = list(self.generator.decoder.parameters())
+        self._a = [*self.encoder.parameters(), *self._decoder]
         rate, betas = setting.learning_rate, (0.0, 0.99)
         self.generator_optimiser = torch.optim.Adam(self._g, lr=rate, betas=betas, fused=True)
         self.discriminator_optimiser = torch.optim.Adam(self._d, lr=rate, betas=betas, fused=True)
@@ -101,10 +112,10 @@ class StochasticRecipe:
         """Set the learning rates by the share of the training that is done, 0 to 1."""
         setting, self._share = self.setting, share
         first = setting.autoencoder
-        left = 1 - min(share / first, 1.0) if first else 0.0
-        _set_rate(self.autoencoder_optimiser, setting.autoencoder_rate * min(1.0, left / 0.4))
         left = 1 - min(max(share - first, 0.0) / (1 - first), 1.0)
         cooled = min(1.0, left / setting.cooldown) if setting.cooldown else 1.0
+        of_first = min(1.0, (1 - share / first) / 0.4) if share < first else _DECODE_RATE * cooled
+        _set_rate(self.autoencoder_optimiser, setting.autoencoder_rate * of_first)
         for optimiser in (self.generator_optimiser, self.discriminator_optimiser):
             _set_rate(optimiser, setting.learning_rate * cooled)
         _set_rate(self.grain_optimiser, _GRAIN_RATE * cooled)
@@ -164,7 +175,7 @@ class StochasticRecipe:
         setting, features = self.setting, batch.features
         values = to_log(batch.original)
         with torch.no_grad(), self._autocast():
-            real = self.encoder(values)[0].float()
+            real, unsure = (found.float() for found in self.encoder(values))
         drawn = self._draw(features, random)
         seen_draw = drawn.detach().requires_grad_()
         if self._measurement is not None and step % _MEASURE_EVERY == 0:
@@ -192,14 +203,27 @@ class StochasticRecipe:
             [drawn, setting.latent * latent], self._g, [pull, torch.ones_like(latent)]
         )
         self._update(self._g, gradients, self.generator_optimiser, average)
-        if step % _GRAIN_EVERY == 0:
-            self._learn_grain(values, real, batch, random, average)
+        if step % _DECODE_EVERY == 0:
+            self._learn_to_decode(values, real, unsure, random, average)
+        self._learn_grain(values, real, batch, random, average)
         self._follow()
         losses = {"L_latent": latent, "L_generator": adversarial, "L_Dis": loss}
         losses |= {"L_features": _distance(seen[: len(real)], features), "penalty": steepness}
         if len(measured):
             losses["L_measured"] = _distance(seen[len(real) :], as_measured)
         return {name: value.detach() for name, value in losses.items()}
+
+    def _learn_to_decode(
+        self, values: Tensor, mean: Tensor, log_variance: Tensor, random: Random, average: Average
+    ) -> None:
+        """Update the decoder only: what latents mean stays as the others have learned it."""
+        noise = torch.randn(mean.shape, generator=random, device=self._device)
+        latents = sampled(mean, log_variance, noise)
+        latents = latents.contiguous(memory_format=torch.channels_last)
+        with self._autocast():
+            misfit, _ = decoding_misfit(self.generator.decoder, latents, values)
+        gradients = torch.autograd.grad(misfit / values[0].numel(), self._decoder)
+        self._update(self._decoder, gradients, self.autoencoder_optimiser, average, most=1.0)
 
     def _learn_grain(
         self, values: Tensor, latents: Tensor, batch: Batch, random: Random, average: Average

@@ -10,10 +10,11 @@ class StochasticSetting:
     Attributes
     ----------
     autoencoder
-        Share of the training, its first, in which the autoencoder learns; then it is left as it is.
+        Share of the training, its first, in which the autoencoder learns; then its encoder is left
+        as it is, and its decoder learns every 8 steps.
     autoencoder_rate
         Its Adam's learning rate (β 0.9 and 0.99); it falls to 0 in a line over the last 40 % of
-        that share.
+        that share. After that, half of it is the decoder's.
     divergence
         Weight of KL in its bound.
     learning_rate
