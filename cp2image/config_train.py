@@ -50,7 +50,7 @@ class Stochastic(Section):
     """Share of the training, its first, in which patches are learned: the autoencoder's. Where a
     finished run is given more steps, it learns again for that share of them."""
     autoencoder_rate: Amount = 2e-3
-    """Learning rate meanwhile."""
+    """Learning rate meanwhile; afterwards half of it is the decoder's, which goes on to learn."""
     divergence: NotNegative = 1.0
     """Weight of the autoencoder's KL."""
     learning_rate: Amount = 4e-4

@@ -219,7 +219,6 @@ class StochasticRecipe:
         """Update the decoder only: what latents mean stays as the others have learned it."""
         noise = torch.randn(mean.shape, generator=random, device=self._device)
         latents = sampled(mean, log_variance, noise)
-        latents = latents.contiguous(memory_format=torch.channels_last)
         with self._autocast():
             misfit, _ = decoding_misfit(self.generator.decoder, latents, values)
         gradients = torch.autograd.grad(misfit / values[0].numel(), self._decoder)
