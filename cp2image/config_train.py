@@ -53,6 +53,9 @@ class Stochastic(Section):
     """Learning rate meanwhile; afterwards half of it is the decoder's, which goes on to learn."""
     divergence: NotNegative = 1.0
     """Weight of the autoencoder's KL."""
+    averages: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Share of the training after that in which the generator learns what cells of the same
+    features look like on average, before there is an adversary."""
     learning_rate: Amount = 4e-4
     """Of generator and discriminator afterwards."""
     latent: NotNegative = 3e-4
@@ -72,6 +75,15 @@ class Stochastic(Section):
     """Decay of the averaged generator per step."""
     cooldown: Annotated[float, Field(ge=0, le=1)] = 0.3
     """Share of the time afterwards, its last, in which the learning rates fall to 0 in a line."""
+
+    @model_validator(mode="after")
+    def _leave_time_for_the_adversary(self) -> "Stochastic":
+        if self.autoencoder + self.averages >= 1:
+            raise ValueError(
+                f"autoencoder={self.autoencoder:g} and averages={self.averages:g} are shares of "
+                "one training and leave nothing of it for the adversary; make their sum less than 1"
+            )
+        return self
 
 
 _IMAGE_LOSSES = ("paper", "vae", "vaeplus")

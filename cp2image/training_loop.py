@@ -353,9 +353,9 @@ class TrainingLoop:
         if not self._recipe.ready:
             raise TrainingError(
                 f"training ended after {self.step:,} steps and its generator has learned nothing "
-                "yet: the autoencoder's share (train.stochastic.autoencoder) took them all; give "
-                "more train.steps or train.minutes, or look at the clock more often "
-                "(train.log_every)"
+                "yet: what comes before the adversary (train.stochastic.autoencoder and averages) "
+                "took them all; give more train.steps or train.minutes, or look at the clock more "
+                "often (train.log_every)"
             )
         plan, (generator, discriminator) = self._plan, self._recipe.published()
         shape, preparation = plan.patch_format, plan.preparation

@@ -313,6 +313,12 @@ def test_settings_of_the_other_preset_are_refused(train, name):
         Config.model_validate({"train": train})
 
 
+def test_time_must_be_left_for_the_adversary():
+    stochastic = {"autoencoder": 0.6, "averages": 0.4}
+    with pytest.raises(ValueError, match=r"autoencoder=0\.6 and averages=0\.4 .* less than 1"):
+        Config.model_validate({"train": {"preset": "cp2image-s", "stochastic": stochastic}})
+
+
 @pytest.mark.parametrize(
     ("train", "cells"),
     [

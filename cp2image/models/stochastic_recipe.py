@@ -27,10 +27,17 @@ _GRAIN_CELLS = 4
 """Most cells of a step of the second part whose noise is looked at."""
 _DECODE_EVERY, _DECODE_RATE = 8, 0.5
 """Steps of the second part from one of the decoder's to the next; its share of the first's rate."""
+_AVERAGES_RATE = 1e-3
+"""Learning rate of the generator while there is no adversary; it falls over that part's half."""
 _GRAIN_RATE, _GRAIN_DROPOUT = 3e-4, 0.2
 """Learning rate of what noise is filtered with; share of the features that it does not see."""
 _MEASURE_EVERY = 8
 """Steps of the second part from one measurement of draws to the next."""
+
+_OPTIMISERS = tuple(
+    f"{part}_optimiser"
+    for part in ("generator", "averages", "autoencoder", "grain", "discriminator")
+)
 
 Random = torch.Generator
 _AS_IT_IS = StochasticSetting()
@@ -39,14 +46,15 @@ _AS_IT_IS = StochasticSetting()
 class StochasticRecipe:
     """All networks, their optimisers, the averaged generator, and one training step.
 
-    First the autoencoder learns patches; its decoder and what filters noise go on to the end. Then
-    the discriminator learns to tell a cell's latents from drawn ones of the same features by the
-    difference of their scores, softplus(score(draw) − score(cell)), the generator the reverse
-    (relativistic pairing, Jolicoeur-Martineau, ICLR 2019; with R1 + R2 as in R3GAN, Huang et al.,
-    NeurIPS 2024). How features are read from latents the discriminator learns from cells and, where
-    draws can be measured, from draws as well: else it would not know what becomes of a draw's flaws
-    when it is measured, nor the generator. What draws still lack on average is asked for in
-    addition.
+    First the autoencoder learns patches; its decoder and what filters noise go on to the end. Next
+    the generator learns latents on average (as Ledig et al., CVPR 2017, begin with pixels' squared
+    error), and without noise: else it would learn to ignore it. Then the discriminator learns to
+    tell a cell's latents from drawn ones of the same features by the difference of their scores,
+    softplus(score(draw) − score(cell)), the generator the reverse (relativistic pairing,
+    Jolicoeur-Martineau, ICLR 2019; with R1 + R2 as in R3GAN, Huang et al., NeurIPS 2024). How
+    features are read from latents the discriminator learns from cells and, where draws can be
+    measured, from draws as well: else it would not know what becomes of a draw's flaws when it is
+    measured, nor the generator. What draws still lack on average is asked for in addition.
 
     Parameters
     ----------
@@ -95,6 +103,9 @@ class StochasticRecipe:
         rate, betas = setting.learning_rate, (0.0, 0.99)
         self.generator_optimiser = torch.optim.Adam(self._g, lr=rate, betas=betas, fused=True)
         self.discriminator_optimiser = torch.optim.Adam(self._d, lr=rate, betas=betas, fused=True)
+        self.averages_optimiser = torch.optim.Adam(
+            self._g, lr=_AVERAGES_RATE, betas=(0.9, 0.99), fused=True
+        )
         self.autoencoder_optimiser = torch.optim.Adam(
             self._a, lr=setting.autoencoder_rate, betas=(0.9, 0.99), fused=True
         )
@@ -111,20 +122,22 @@ class StochasticRecipe:
     def reached(self, share: float) -> None:
         """Set the learning rates by the share of the training that is done, 0 to 1."""
         setting, self._share = self.setting, share
-        first = setting.autoencoder
-        left = 1 - min(max(share - first, 0.0) / (1 - first), 1.0)
+        first, then = setting.autoencoder, setting.autoencoder + setting.averages
+        left = 1 - min(max(share - then, 0.0) / (1 - then), 1.0)
         cooled = min(1.0, left / setting.cooldown) if setting.cooldown else 1.0
         of_first = min(1.0, (1 - share / first) / 0.4) if share < first else _DECODE_RATE * cooled
         _set_rate(self.autoencoder_optimiser, setting.autoencoder_rate * of_first)
+        until = (then - share) / setting.averages if setting.averages else 1.0
+        _set_rate(self.averages_optimiser, _AVERAGES_RATE * min(max(2 * until, 0.0), 1.0))
         for optimiser in (self.generator_optimiser, self.discriminator_optimiser):
             _set_rate(optimiser, setting.learning_rate * cooled)
         _set_rate(self.grain_optimiser, _GRAIN_RATE * cooled)
 
     def step(self, batch: Batch, step: int, average: Average) -> dict[str, Tensor]:
-        """Train on one batch: the autoencoder in its share of the training, then both others.
+        """Train on one batch: autoencoder, generator, then generator and discriminator.
 
-        Each of these sees the other as it was before the step, so that latents pass through the
-        discriminator once.
+        Of the last two each sees the other as it was before the step, so that latents pass through
+        the discriminator once.
 
         Parameters
         ----------
@@ -138,15 +151,18 @@ class StochasticRecipe:
         Returns
         -------
         dict
-            Of the autoencoder ``L_MSE`` (of its mean), ``L_likelihood`` and ``L_KL``; then
-            ``L_latent``, ``L_generator`` (without L_latent), ``L_Dis``, ``L_features`` (real
-            cells), ``L_measured`` (the same of measured draws, where there are any) and
-            ``penalty`` (|∇ score|², real and generated, times `penalty_every` where it is taken
-            and 0 elsewhere, so that its mean over steps is right): scalars without gradients.
+            Of the autoencoder ``L_MSE`` (of its mean), ``L_likelihood`` and ``L_KL``; of the
+            generator alone ``L_latent``; then ``L_latent``, ``L_generator`` (without L_latent),
+            ``L_Dis``, ``L_features`` (real cells), ``L_measured`` (the same of measured draws,
+            where there are any) and ``penalty`` (|∇ score|², real and generated, times
+            `penalty_every` where it is taken and 0 elsewhere, so that its mean over steps is
+            right): scalars without gradients.
         """
         random = torch.Generator(self._device).manual_seed(batch.seed)
         if self._share < self.setting.autoencoder:
             return self._encode_and_decode(batch, random, average)
+        if self._share < self.setting.autoencoder + self.setting.averages:
+            return self._learn_averages(batch, average)
         return self._draw_and_judge(batch, step, random, average)
 
     def _encode_and_decode(
@@ -167,6 +183,19 @@ class StochasticRecipe:
         pixel = pixel_loss(batch.original, from_log(decoded.detach()))
         losses = {"L_MSE": pixel, "L_likelihood": misfit, "L_KL": divergence}
         return {name: value.detach() for name, value in losses.items()}
+
+    def _learn_averages(self, batch: Batch, average: Average) -> dict[str, Tensor]:
+        """Update the generator by the squared error of latents, without noise, which it keeps."""
+        count = len(batch.features)
+        silence = torch.zeros((count, self.generator.latents.noise_size), device=self._device)
+        with self._autocast():
+            with torch.no_grad():
+                real, _ = self.encoder(to_log(batch.original))
+            drawn = self.generator.latents(batch.features, silence)
+        latent = 0.5 * (real.float() - drawn.float()).square().sum() / count
+        gradients = torch.autograd.grad(latent, self._g)
+        self._update(self._g, gradients, self.averages_optimiser, average)
+        return {"L_latent": latent.detach()}
 
     def _draw_and_judge(
         self, batch: Batch, step: int, random: Random, average: Average
@@ -353,10 +382,9 @@ class StochasticRecipe:
         found |= {f"averaged.{k}": v for k, v in self.averaged.latents.state_dict().items()}
         found |= {f"encoder.{k}": v for k, v in self.encoder.state_dict().items()}
         found |= {f"discriminator.{k}": v for k, v in self.discriminator.state_dict().items()}
-        found |= optimiser_state("generator_optimiser", self.generator_optimiser)
-        found |= optimiser_state("autoencoder_optimiser", self.autoencoder_optimiser)
-        found |= optimiser_state("grain_optimiser", self.grain_optimiser)
-        return found | optimiser_state("discriminator_optimiser", self.discriminator_optimiser)
+        for name in _OPTIMISERS:
+            found |= optimiser_state(name, getattr(self, name))
+        return found
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take back networks and optimisers, from any device."""
@@ -366,10 +394,8 @@ class StochasticRecipe:
         self.averaged.latents.load_state_dict(part_of(state, "averaged"))
         self.encoder.load_state_dict(part_of(state, "encoder"))
         self.discriminator.load_state_dict(part_of(state, "discriminator"))
-        load_optimiser(state, "generator_optimiser", self.generator_optimiser)
-        load_optimiser(state, "autoencoder_optimiser", self.autoencoder_optimiser)
-        load_optimiser(state, "grain_optimiser", self.grain_optimiser)
-        load_optimiser(state, "discriminator_optimiser", self.discriminator_optimiser)
+        for name in _OPTIMISERS:
+            load_optimiser(state, name, getattr(self, name))
 
 
 def _kept(shape: tuple[int, ...], dropout: float, random: Random) -> Tensor:

@@ -11,12 +11,15 @@ class StochasticSetting:
     ----------
     autoencoder
         Share of the training, its first, in which the autoencoder learns; then its encoder is left
-        as it is, and its decoder learns every 8 steps.
+        as it is; beside the adversary its decoder learns every 8 steps.
     autoencoder_rate
         Its Adam's learning rate (β 0.9 and 0.99); it falls to 0 in a line over the last 40 % of
         that share. After that, half of it is the decoder's.
     divergence
         Weight of KL in its bound.
+    averages
+        Share of the training, after the autoencoder's, in which the generator learns by L_latent
+        alone what cells look like on average; 0: it begins with the adversary.
     learning_rate
         Of generator's and discriminator's Adam (β 0 and 0.99).
     latent
@@ -42,6 +45,7 @@ class StochasticSetting:
     autoencoder: float = 0.25
     autoencoder_rate: float = 2e-3
     divergence: float = 1.0
+    averages: float = 0.05
     learning_rate: float = 4e-4
     latent: float = 3e-4
     regression: float = 6.0

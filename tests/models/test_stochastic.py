@@ -11,6 +11,7 @@ from cp2image.models import stochastic_recipe
 from cp2image.models.autoencoder import evidence, from_log, latent_channels, to_log
 from cp2image.models.recipe import Batch
 from cp2image.models.stochastic import (
+    NOISE,
     StochasticDiscriminator,
     StochasticGenerator,
     map_sides,
@@ -287,7 +288,7 @@ def test_averaged_generator_follows_slowly():
     assert tested.published()[0].keys() == tested.generator.state_dict().keys()
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5])
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5])
 def test_state_goes_on_exactly_where_it_was(share):
     tested, other = recipe(share), recipe(share)
     for step in range(3):
@@ -299,10 +300,10 @@ def test_state_goes_on_exactly_where_it_was(share):
     assert equal(tested.state(), other.state())
 
 
-def test_the_autoencoder_learns_first_and_alone_and_then_its_decoder_now_and_then():
+def test_the_autoencoder_learns_first_the_generator_next_then_all_but_the_encoder():
     tested = recipe(share=0)
-    moved = []
-    for share, step in ((0.0, 0), (0.2, 1), (0.25, 1), (0.9, 8)):
+    moved, named = [], []
+    for share, step in ((0.0, 0), (0.2, 1), (0.25, 0), (0.3, 1), (0.9, 8)):
         before = {name: value.clone() for name, value in tested.state().items()}
         tested.reached(share)
         losses = tested.step(batch(), step, alone)
@@ -314,10 +315,34 @@ def test_the_autoencoder_learns_first_and_alone_and_then_its_decoder_now_and_the
                 for p in parts
             ]
         )
-        assert ("L_KL" in losses) == (share < 0.25)
-        assert ("L_Dis" in losses) == (share >= 0.25)
-    first, then = [True, True, False, False], [False, False, True, True]
-    assert moved == [first, first, then, [False, True, True, True]]
+        named.append({"L_KL", "L_latent", "L_Dis"} & losses.keys())
+    first, next_ = [True, True, False, False], [False, False, True, False]
+    assert moved == [first, first, next_, [False, False, True, True], [False, True, True, True]]
+    assert named == [{"L_KL"}, {"L_KL"}, {"L_latent"}, *[{"L_latent", "L_Dis"}] * 2]
+
+
+def test_averages_are_learned_without_unlearning_noise():
+    tested, cells = recipe(share=0.25), batch(cells=8)
+    before = {name: value.clone() for name, value in tested.state().items()}
+    first = tested.step(cells, 0, alone)["L_latent"]
+    silence = torch.zeros(8, tested.generator.latents.noise_size)
+    with torch.no_grad():
+        tested.generator.load_state_dict(
+            {k[10:]: v for k, v in before.items() if k.startswith("generator.")}
+        )
+        drawn = tested.generator.latents(cells.features, silence)
+    missed = 0.5 * (latents_of(tested, cells) - drawn).square().sum() / 8
+    torch.testing.assert_close(first, missed)
+    for step in range(1, 60):
+        last = tested.step(cells, step, alone)["L_latent"]
+    assert last < 0.3 * first
+    for i, block in enumerate(tested.generator.latents.blocks):
+        assert torch.equal(
+            block.strength.weight, before[f"generator.latents.blocks.{i}.strength.weight"]
+        )
+        film = before[f"generator.latents.blocks.{i}.film.weight"]
+        assert torch.equal(block.film.weight[:, -NOISE:], film[:, -NOISE:])
+        assert not torch.equal(block.film.weight, film)
 
 
 def test_the_decoder_goes_on_to_learn_cells_whose_latents_stay():
@@ -453,6 +478,7 @@ def rates(tested):
         group["lr"]
         for one in (
             tested.autoencoder_optimiser,
+            tested.averages_optimiser,
             tested.generator_optimiser,
             tested.discriminator_optimiser,
             tested.grain_optimiser,
@@ -462,24 +488,30 @@ def rates(tested):
 
 
 def test_learning_rates_fall_in_a_line_over_the_last_share_of_each_part():
-    tested = recipe(learning_rate=0.1, cooldown=0.25, autoencoder=0.2, autoencoder_rate=0.3)
-    for share, first, rate in [
-        (0, 0.3, 0.1),
-        (0.12, 0.3, 0.1),
-        (0.16, 0.15, 0.1),
-        (0.199, 0.00375, 0.1),
-        (0.2, 0.15, 0.1),
-        (0.8, 0.15, 0.1),
-        (0.9, 0.075, 0.05),
-        (1, 0, 0),
-        (1.2, 0, 0),
-        (0.5, 0.15, 0.1),
+    tested = recipe(
+        learning_rate=0.1, cooldown=0.25, autoencoder=0.2, autoencoder_rate=0.3, averages=0.2
+    )
+    for share, first, next_, rate in [
+        (0, 0.3, 1e-3, 0.1),
+        (0.12, 0.3, 1e-3, 0.1),
+        (0.16, 0.15, 1e-3, 0.1),
+        (0.199, 0.00375, 1e-3, 0.1),
+        (0.2, 0.15, 1e-3, 0.1),
+        (0.3, 0.15, 1e-3, 0.1),
+        (0.35, 0.15, 5e-4, 0.1),
+        (0.4, 0.15, 0, 0.1),
+        (0.85, 0.15, 0, 0.1),
+        (0.925, 0.075, 0, 0.05),
+        (1, 0, 0, 0),
+        (1.2, 0, 0, 0),
+        (0.5, 0.15, 0, 0.1),
     ]:
         tested.reached(share)
-        assert rates(tested) == pytest.approx([first, rate, rate, 3e-3 * rate]), share
+        expected = [first, next_, rate, rate, 3e-3 * rate]
+        assert rates(tested) == pytest.approx(expected, abs=1e-12), share
 
 
 def test_without_a_cooldown_the_rate_stays():
     tested = recipe(cooldown=0)
     tested.reached(1)
-    assert rates(tested)[1:] == [StochasticSetting().learning_rate] * 2 + [3e-4]
+    assert rates(tested)[2:] == [StochasticSetting().learning_rate] * 2 + [3e-4]
