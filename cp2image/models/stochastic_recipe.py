@@ -163,6 +163,7 @@ class StochasticRecipe:
             return self._encode_and_decode(batch, random, average)
         if self._share < self.setting.autoencoder + self.setting.averages:
             return self._learn_averages(batch, average)
+        self.averages_optimiser.state.clear()  # else its moments would be in every later state
         return self._draw_and_judge(batch, step, random, average)
 
     def _encode_and_decode(

@@ -316,6 +316,8 @@ def test_the_autoencoder_learns_first_the_generator_next_then_all_but_the_encode
             ]
         )
         named.append({"L_KL", "L_latent", "L_Dis"} & losses.keys())
+        moments = any(name.startswith("averages_optimiser.") for name in after)
+        assert moments == (named[-1] == {"L_latent"})
     first, next_ = [True, True, False, False], [False, False, True, False]
     assert moved == [first, first, next_, [False, False, True, True], [False, True, True, True]]
     assert named == [{"L_KL"}, {"L_KL"}, {"L_latent"}, *[{"L_latent", "L_Dis"}] * 2]
