@@ -1,8 +1,9 @@
 """cp2image-s: a generator that draws one of the cells a profile allows. Pure torch.
 
-Features and a noise vector shape a coarse map of latents that is doubled by bilinear interpolation
-up to a quarter of the patch's side, with 3 × 3 convolutions at each side; `PatchDecoder`, which has
-learned from real patches, makes it a patch in the same pass, with noise as `Grain` says. So an
+Features and a noise vector shape a coarse map, with 3 × 3 convolutions at each side. Most of the
+work is done at an eighth of the patch's side: a point's channels then spread over 2 × 2 points of
+the map of latents (Shi et al., CVPR 2016), which one narrow layer finishes; `PatchDecoder`, which
+has learned from real patches, makes it a patch in the same pass, with noise as `Grain` says. So an
 adversary only has to teach how latents lie, not how pixels do. Group norm is modulated by features
 and noise (FiLM, Perez et al., AAAI 2018), noise maps enter before every activation with a learned
 strength per channel (StyleGAN, Karras et al., CVPR 2019), here with a strength from the start:
@@ -19,7 +20,14 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, interpolate, leaky_relu
+from torch.nn.functional import (
+    avg_pool2d,
+    interpolate,
+    leaky_relu,
+    pad,
+    pixel_shuffle,
+    pixel_unshuffle,
+)
 
 from cp2image.models.autoencoder import PatchDecoder, from_log, latent_channels
 from cp2image.models.circular_harmonics import CircularHarmonics
@@ -35,16 +43,16 @@ _EMBEDDING, _STYLE = 512, 384
 """Widths of what the generator makes of the features."""
 _COMPARED = 256
 """Numbers by which the discriminator compares latents with features."""
-_FIRST, _WIDTH = 64, 96
-"""Channels of the coarse map, and after it was doubled."""
+_FIRST, _WIDTH, _FINEST = 64, 128, 32
+"""Channels of the coarse map, of the blocks after its first, and at the side of the latents."""
 _READING = 512
 """Width of the hidden layer that features are read by."""
 _COMPARTMENTS = 6
 """Soft masks at each stage, within which channels are summed up."""
-_AROUND = 12
-"""Maps, beside the first stage's masks, that are looked at around the middle."""
-_SEEN = (64, 128)
-"""Channels of the discriminator's stages; the last is kept where there are more."""
+_AROUND = 18
+"""Maps, made of the first stage's, that are looked at around the middle."""
+_SEEN = (96, 128)
+"""Channels of the discriminator's first stage, and of all after it."""
 _COARSEST, _LAST = 12, 5
 _GROUPS = 8
 
@@ -52,8 +60,8 @@ _GROUPS = 8
 def map_sides(patch_size: int) -> tuple[int, ...]:
     """Return the sides of the maps of latents, coarse to fine; the last is the decoder's.
 
-    >>> map_sides(68), map_sides(128)
-    ((9, 17), (8, 16, 32))
+    >>> map_sides(20), map_sides(68), map_sides(128)
+    ((3, 5), (9, 17), (8, 16, 32))
 
     Raises
     ------
@@ -64,7 +72,7 @@ def map_sides(patch_size: int) -> tuple[int, ...]:
         raise ValueError(f"patch_size={patch_size}: the network needs at least 16 px")
     half = -(-patch_size // 2)
     sides = [-(-half // 2)]
-    while sides[-1] > _COARSEST:
+    while len(sides) == 1 or sides[-1] > _COARSEST:
         sides.append(-(-sides[-1] // 2))
     return tuple(reversed(sides))
 
@@ -101,8 +109,8 @@ class LatentGenerator(nn.Module):
 
     def __init__(self, features: int, channels: int = 3, patch_size: int = 68) -> None:
         super().__init__()
-        sides = map_sides(patch_size)
-        self.sides = (sides[0], *(side for side in sides[1:] for _ in range(2)))
+        *coarse, finest = map_sides(patch_size)
+        self.sides = (coarse[0], *(side for side in coarse for _ in range(2)), finest)
         self.embedding = nn.Sequential(
             nn.Linear(features, _EMBEDDING),
             nn.LeakyReLU(_SLOPE),
@@ -110,10 +118,11 @@ class LatentGenerator(nn.Module):
             nn.LeakyReLU(_SLOPE),
         )
         style = _STYLE + NOISE
-        self.coarse = nn.Linear(style, _FIRST * sides[0] ** 2)
-        widths = [_FIRST, _FIRST, *([_WIDTH] * (len(self.sides) - 1))]
+        self.coarse = nn.Linear(style, _FIRST * coarse[0] ** 2)
+        widths = [_FIRST, _FIRST, *([_WIDTH] * (len(self.sides) - 2))]
         self.blocks = nn.ModuleList(_Block(a, b, style) for a, b in pairwise(widths))
-        self.last = nn.Conv2d(widths[-1], latent_channels(channels), 3, padding=1)
+        self.blocks.append(_Block(_WIDTH // 4, _FINEST, style))
+        self.last = nn.Conv2d(_FINEST, latent_channels(channels), 3, padding=1)
 
     @property
     def noise_size(self) -> int:
@@ -140,7 +149,9 @@ class LatentGenerator(nn.Module):
         x = self.coarse(style).view(-1, _FIRST, side, side)
         x = x.contiguous(memory_format=torch.channels_last)
         for side, block in zip(self.sides, self.blocks, strict=True):
-            if side != x.shape[-1]:
+            if block is self.blocks[-1]:
+                x = pixel_shuffle(x, 2)[..., :side, :side]
+            elif side != x.shape[-1]:
                 x = interpolate(x, size=(side, side), mode="bilinear", align_corners=False)
             end = start + _MAPS * side * side
             maps = noise[:, start:end].reshape(-1, _MAPS, side, side)
@@ -204,23 +215,26 @@ class StochasticGenerator(nn.Module):
 class StochasticDiscriminator(nn.Module):
     """Latents and features to a score, and the features as they are seen in the latents.
 
-    Stages of two 3 × 3 convolutions with LeakyReLU(0.2) and average pooling, without batch norm:
-    gradient penalties are taken cell by cell. Beside the latents they see where a point lies:
-    across, down, and how far from the centre. The score is that of the whole map, plus how well
-    features match, plus the means of scores at the points of every stage, which see texture only.
-    Features are read from the last map and from mean and standard deviation of every stage's
-    channels, over the patch and within the stage's compartments, and from the first stage's
-    harmonics around the middle.
+    Latents are seen 2 × 2 points at a time, as channels of one. Stages of two 3 × 3 convolutions
+    with LeakyReLU(0.2) and average pooling between them, without batch norm: gradient penalties are
+    taken cell by cell. Beside the latents they see where a point lies: across, down, and how far
+    from the centre. The score is that of the whole map, plus how well features match, plus the
+    means of scores at the points of every stage, which see texture only. Features are read from the
+    last map and from mean and standard deviation of every stage's channels, over the patch and
+    within the stage's compartments, and from harmonics around the middle of maps that are made of
+    the first stage's, 2 × 2 points of each.
     """
 
     where: Tensor
 
     def __init__(self, features: int, channels: int = 3, patch_size: int = 68) -> None:
         super().__init__()
-        side, widths = map_sides(patch_size)[-1], [latent_channels(channels) + 3]
+        whole = map_sides(patch_size)[-1]
+        side = -(-whole // 2)
         self.register_buffer("where", _where(side), persistent=False)
-        while side > _LAST or len(widths) == 1:
-            widths.append(_SEEN[min(len(widths), len(_SEEN)) - 1])
+        widths = [4 * latent_channels(channels) + 3, _SEEN[0]]
+        while side > _LAST:
+            widths.append(_SEEN[1])
             side //= 2
         self.convolutions, self.local = nn.ModuleList(), nn.ModuleList()
         self.compartments = nn.ModuleList()
@@ -236,8 +250,8 @@ class StochasticDiscriminator(nn.Module):
             nn.LeakyReLU(_SLOPE),
             nn.Linear(_COMPARED, _COMPARED),
         )
-        self.pick = nn.Conv2d(widths[1], _AROUND, 1)
-        self.harmonics = CircularHarmonics(_AROUND + _COMPARTMENTS, self.where.shape[-1])
+        self.pick = nn.Conv2d(widths[1], 4 * _AROUND, 1)
+        self.harmonics = CircularHarmonics(_AROUND, whole)
         self.summed_up = widths[-1] * side**2 + 2 * (1 + _COMPARTMENTS) * sum(widths[1:])
         self.summed_up += self.harmonics.length
         self.norm = nn.LayerNorm(self.summed_up)
@@ -266,19 +280,23 @@ class StochasticDiscriminator(nn.Module):
         tuple of Tensor
             Scores, (N,), and the features as predicted from the latents alone, (N, p).
         """
-        x = torch.cat([latents, self.where.expand(len(latents), -1, -1, -1)], dim=1)
+        side = latents.shape[-1]
+        points = pixel_unshuffle(pad(latents, (0, side % 2, 0, side % 2)), 2)
+        x = torch.cat([points, self.where.expand(len(latents), -1, -1, -1)], dim=1)
+        x = x.contiguous(memory_format=torch.channels_last)
         texture = torch.zeros(len(latents), device=latents.device)
         summary: list[Tensor] = []
-        for layer, convolution in enumerate(self.convolutions):
-            x = leaky_relu(cast(Tensor, convolution(x)), _SLOPE)
-            if layer % 2:
-                stage = layer // 2
-                texture = texture + self.local[stage](x).mean(dim=(1, 2, 3))
-                masks = self.compartments[stage](x).sigmoid()
-                summary += [x.mean(dim=(2, 3)), _deviation(x), _within(masks, x)]
-                if stage == 0:
-                    summary.append(self.harmonics(torch.cat([self.pick(x), masks], dim=1)))
+        for stage, (local, outline) in enumerate(zip(self.local, self.compartments, strict=True)):
+            if stage:
                 x = avg_pool2d(x, 2)
+            for convolution in self.convolutions[2 * stage : 2 * stage + 2]:
+                x = leaky_relu(cast(Tensor, convolution(x)), _SLOPE)
+            texture = texture + local(x).mean(dim=(1, 2, 3))
+            masks = outline(x).sigmoid()
+            summary += [x.mean(dim=(2, 3)), _deviation(x), _within(masks, x)]
+            if not stage:
+                around = pixel_shuffle(self.pick(x), 2)[..., :side, :side]
+                summary.append(self.harmonics(around))
         flat = x.flatten(1)
         seen = leaky_relu(self.flat(flat), _SLOPE)
         match = (seen * self.embedding(features)).sum(dim=1) / _COMPARED**0.5

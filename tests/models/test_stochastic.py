@@ -56,7 +56,7 @@ def latents_of(tested, cells):
 
 @pytest.mark.parametrize(
     ("size", "sides"),
-    [(16, (4,)), (64, (8, 16)), (68, (9, 17)), (69, (9, 18)), (128, (8, 16, 32))],
+    [(16, (2, 4)), (64, (8, 16)), (68, (9, 17)), (69, (9, 18)), (128, (8, 16, 32))],
 )
 @pytest.mark.parametrize("channels", [1, 3, 5])
 def test_any_channels_and_sides(size, sides, channels):
@@ -88,6 +88,23 @@ def test_every_number_of_the_noise_has_its_place():
     assert (noise.grad != 0).all()
 
 
+@pytest.mark.parametrize("size", [16, 68])
+def test_a_coarse_point_holds_four_of_the_latents_points(size):
+    maps: list[torch.Tensor] = []
+    latents = StochasticGenerator(FEATURES, CHANNELS, size).latents
+    latents.blocks[-2].register_forward_hook(lambda *call: maps.append(call[2]))
+    latents.blocks[-1].register_forward_pre_hook(lambda module, given: maps.append(given[0]))
+    latents(torch.randn(2, FEATURES), torch.randn(2, latents.noise_size))
+    coarse, fine = maps
+    side = map_sides(size)[-1]
+    assert fine.shape[2:] == (side, side)
+    for row in range(side):
+        for column in range(side):
+            channels = slice(2 * (row % 2) + column % 2, None, 4)
+            expected = coarse[:, channels, row // 2, column // 2]
+            assert torch.equal(fine[:, :, row, column], expected)
+
+
 def test_scores_depend_on_both_latents_and_features():
     tested, cells = recipe(), batch()
     latents = latents_of(tested, cells)
@@ -95,6 +112,19 @@ def test_scores_depend_on_both_latents_and_features():
     others, same = tested.discriminator(latents, cells.features.flip(0))
     assert (scores != others).all()
     assert torch.equal(seen, same)
+
+
+@pytest.mark.parametrize("size", [16, 20, 68, 128])
+def test_every_number_of_the_latents_has_a_say_in_scores_and_features(size):
+    torch.manual_seed(0)
+    side = map_sides(size)[-1]
+    latents = torch.randn(1, latent_channels(CHANNELS), side, side, requires_grad=True)
+    scores, seen = StochasticDiscriminator(FEATURES, CHANNELS, size)(
+        latents, torch.randn(1, FEATURES)
+    )
+    for said in (scores.sum(), seen.square().sum()):
+        (gradient,) = torch.autograd.grad(said, latents, retain_graph=True)
+        assert (gradient != 0).all()
 
 
 def test_features_are_read_from_maps_as_a_whole_in_each_compartment_and_around_the_middle():
@@ -107,9 +137,9 @@ def test_features_are_read_from_maps_as_a_whole_in_each_compartment_and_around_t
     _, summary = judge(latents, torch.zeros(2, FEATURES))
     found = torch.nn.functional.leaky_relu(maps[0], 0.2)
     masks = torch.sigmoid(judge.compartments[0](found))
-    around = judge.harmonics(torch.cat([judge.pick(found), masks], dim=1))
+    around = judge.harmonics(torch.pixel_shuffle(judge.pick(found), 2)[..., :5, :5])
     for cell in range(2):
-        expected = [found[cell].mean(dim=(1, 2)), found[cell].std(dim=(1, 2))]
+        expected = [found[cell].mean(dim=(1, 2)), (found[cell].var(dim=(1, 2)) + 1e-4).sqrt()]
         pixels = found[cell].flatten(1)
         weights = [mask.flatten() / mask.sum() for mask in masks[cell]]
         means = [(pixels * weight).sum(dim=1) for weight in weights]
@@ -126,7 +156,7 @@ def test_the_discriminator_sees_where_a_point_lies():
     judge = StochasticDiscriminator(FEATURES, CHANNELS, SIZE)
     across, down, away = judge.where[0]
     assert (across[0, 0], across[0, -1]) == (-1, 1) == (down[0, 0], down[-1, 0])
-    assert away[2, 2] == 0
+    assert away[1, 1] == 0
     assert away[0, 0] == pytest.approx(2**0.5)
     assert "where" not in judge.state_dict()
 
