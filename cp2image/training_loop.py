@@ -33,6 +33,8 @@ from cp2image.training_progress import BatchesAhead, Progress
 from cp2image.training_recipes import build_recipe, in_bf16
 from cp2image.training_turns import TurnedCells, add_turned
 
+_SHOWN = ("L_MSE", "L_generator", "L_latent")
+"""Losses, of which a line of progress shows the first that there is."""
 STATES = "_resume"
 """Folder below a checkpoint with the states an interrupted run goes on from.
 
@@ -303,7 +305,7 @@ class TrainingLoop:
 
     def _show(self, values: dict[str, float], elapsed: float) -> None:
         rate, total = values["train/cells_per_s"], self._plan.config.train.steps
-        name = "L_MSE" if "train/L_MSE" in values else "L_generator"
+        name = next(name for name in _SHOWN if f"train/{name}" in values)
         line = (
             f"step {self.step:,} of {total:,}  {name} {values[f'train/{name}']:.4g}  "
             f"{rate:.0f} cells/s  {elapsed / 60:.1f} min"

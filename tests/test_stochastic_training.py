@@ -121,6 +121,13 @@ def test_nothing_is_validated_before_there_is_an_adversary(tmp_path, cells):
     assert all(report["validation/L_MSE"] > 0 for report in reports)
 
 
+def test_every_part_shows_a_loss_of_its_own(tmp_path, cells, capsys):
+    run_loop(plan_of(settings(tmp_path / "run", cells, log_every=1)))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    shown = [line[line.index("step") + 4] for line in lines if "cells/s" in line]
+    assert shown == ["L_MSE"] * 3 + ["L_latent"] + ["L_generator"] * (STEPS - 4)
+
+
 def test_a_training_that_ends_before_the_generator_learned_is_not_published(tmp_path, cells):
     config = settings(tmp_path / "run", cells, steps=1)
     with pytest.raises(TrainingError, match="learned nothing yet: what comes before the adversary"):
