@@ -53,13 +53,13 @@ class Stochastic(Section):
     """Learning rate meanwhile; afterwards half of it is the decoder's, which goes on to learn."""
     divergence: NotNegative = 1.0
     """Weight of the autoencoder's KL."""
-    averages: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    """Share of the training after that in which the generator learns what cells of the same
-    features look like on average, before there is an adversary."""
+    alone: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Share of the training after that in which the generator learns by the energy score alone,
+    before there is an adversary."""
     learning_rate: Amount = 4e-4
     """Of generator and discriminator afterwards."""
-    latent: NotNegative = 3e-4
-    """Weight of half the squared distance between a cell's latents and its draw's."""
+    energy: NotNegative = 0.02
+    """Weight of the energy score of two draws of each cell."""
     regression: NotNegative = 6.0
     """Weight of the features as the discriminator reads them from latents."""
     measured: Count = 16
@@ -78,9 +78,9 @@ class Stochastic(Section):
 
     @model_validator(mode="after")
     def _leave_time_for_the_adversary(self) -> "Stochastic":
-        if self.autoencoder + self.averages >= 1:
+        if self.autoencoder + self.alone >= 1:
             raise ValueError(
-                f"autoencoder={self.autoencoder:g} and averages={self.averages:g} are shares of "
+                f"autoencoder={self.autoencoder:g} and alone={self.alone:g} are shares of "
                 "one training and leave nothing of it for the adversary; make their sum less than 1"
             )
         return self

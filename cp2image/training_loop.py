@@ -33,7 +33,7 @@ from cp2image.training_progress import BatchesAhead, Progress
 from cp2image.training_recipes import build_recipe, in_bf16
 from cp2image.training_turns import TurnedCells, add_turned
 
-_SHOWN = ("L_MSE", "L_generator", "L_latent")
+_SHOWN = ("L_MSE", "L_generator", "L_energy")
 """Losses, of which a line of progress shows the first that there is."""
 STATES = "_resume"
 """Folder below a checkpoint with the states an interrupted run goes on from.
@@ -355,7 +355,7 @@ class TrainingLoop:
         if not self._recipe.ready:
             raise TrainingError(
                 f"training ended after {self.step:,} steps and its generator has learned nothing "
-                "yet: what comes before the adversary (train.stochastic.autoencoder and averages) "
+                "yet: what comes before the adversary (train.stochastic.autoencoder and alone) "
                 "took them all; give more train.steps or train.minutes, or look at the clock more "
                 "often (train.log_every)"
             )

@@ -305,7 +305,7 @@ def test_every_error_survives_the_way_out_of_a_worker():
     [
         ({"preset": "cp2image-s", "learning_rate": 1e-3}, "learning_rate"),
         ({"preset": "cp2image-s", "gamma": (0, 1, 1, 1)}, "gamma"),
-        ({"preset": "paper", "stochastic": {"latent": 0.1}}, "stochastic"),
+        ({"preset": "paper", "stochastic": {"energy": 0.1}}, "stochastic"),
     ],
 )
 def test_settings_of_the_other_preset_are_refused(train, name):
@@ -314,8 +314,8 @@ def test_settings_of_the_other_preset_are_refused(train, name):
 
 
 def test_time_must_be_left_for_the_adversary():
-    stochastic = {"autoencoder": 0.6, "averages": 0.4}
-    with pytest.raises(ValueError, match=r"autoencoder=0\.6 and averages=0\.4 .* less than 1"):
+    stochastic = {"autoencoder": 0.6, "alone": 0.4}
+    with pytest.raises(ValueError, match=r"autoencoder=0\.6 and alone=0\.4 .* less than 1"):
         Config.model_validate({"train": {"preset": "cp2image-s", "stochastic": stochastic}})
 
 

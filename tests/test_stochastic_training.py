@@ -113,7 +113,7 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(
 
 
 def test_nothing_is_validated_before_there_is_an_adversary(tmp_path, cells):
-    """A quarter of the steps are the autoencoder's, the next twentieth is the averages'."""
+    """A quarter of the steps are the autoencoder's, the next twentieth has no adversary."""
     plan = plan_of(settings(tmp_path / "run", cells, validate_every=1))
     reports = []
     TrainingLoop(plan, *cells_of(plan)).run(reports.append)
@@ -125,7 +125,7 @@ def test_every_part_shows_a_loss_of_its_own(tmp_path, cells, capsys):
     run_loop(plan_of(settings(tmp_path / "run", cells, log_every=1)))
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     shown = [line[line.index("step") + 4] for line in lines if "cells/s" in line]
-    assert shown == ["L_MSE"] * 3 + ["L_latent"] + ["L_generator"] * (STEPS - 4)
+    assert shown == ["L_MSE"] * 3 + ["L_energy"] + ["L_generator"] * (STEPS - 4)
 
 
 def test_a_training_that_ends_before_the_generator_learned_is_not_published(tmp_path, cells):

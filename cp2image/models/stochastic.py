@@ -2,7 +2,7 @@
 
 Features and a noise vector shape a coarse map, with 3 × 3 convolutions at each side. Most of the
 work is done at an eighth of the patch's side: a point's channels then spread over 2 × 2 points of
-the map of latents (Shi et al., CVPR 2016), which one narrow layer finishes; `PatchDecoder`, which
+the map of latents (Shi et al., CVPR 2016), which one layer finishes; `PatchDecoder`, which
 has learned from real patches, makes it a patch in the same pass, with noise as `Grain` says. So an
 adversary only has to teach how latents lie, not how pixels do. Group norm is modulated by features
 and noise (FiLM, Perez et al., AAAI 2018), noise maps enter before every activation with a learned
@@ -43,7 +43,7 @@ _EMBEDDING, _STYLE = 512, 384
 """Widths of what the generator makes of the features."""
 _COMPARED = 256
 """Numbers by which the discriminator compares latents with features."""
-_FIRST, _WIDTH, _FINEST = 64, 128, 32
+_FIRST, _WIDTH, _FINEST = 64, 128, 64
 """Channels of the coarse map, of the blocks after its first, and at the side of the latents."""
 _READING = 512
 """Width of the hidden layer that features are read by."""

@@ -16,6 +16,7 @@ from cp2image.models.autoencoder import (
     sampled,
     to_log,
 )
+from cp2image.models.energy_score import latent_energy_score
 from cp2image.models.grain import spectral_misfit
 from cp2image.models.losses import pixel_loss
 from cp2image.models.measured_draws import MeasuredDraws, Measurement
@@ -27,7 +28,7 @@ _GRAIN_CELLS = 4
 """Most cells of a step of the second part whose noise is looked at."""
 _DECODE_EVERY, _DECODE_RATE = 8, 0.5
 """Steps of the second part from one of the decoder's to the next; its share of the first's rate."""
-_AVERAGES_RATE = 1e-3
+_ALONE_RATE = 1e-3
 """Learning rate of the generator while there is no adversary; it falls over that part's half."""
 _GRAIN_RATE, _GRAIN_DROPOUT = 3e-4, 0.2
 """Learning rate of what noise is filtered with; share of the features that it does not see."""
@@ -35,8 +36,7 @@ _MEASURE_EVERY = 8
 """Steps of the second part from one measurement of draws to the next."""
 
 _OPTIMISERS = tuple(
-    f"{part}_optimiser"
-    for part in ("generator", "averages", "autoencoder", "grain", "discriminator")
+    f"{part}_optimiser" for part in ("generator", "alone", "autoencoder", "grain", "discriminator")
 )
 
 Random = torch.Generator
@@ -47,14 +47,15 @@ class StochasticRecipe:
     """All networks, their optimisers, the averaged generator, and one training step.
 
     First the autoencoder learns patches; its decoder and what filters noise go on to the end. Next
-    the generator learns latents on average (as Ledig et al., CVPR 2017, begin with pixels' squared
-    error), and without noise: else it would learn to ignore it. Then the discriminator learns to
-    tell a cell's latents from drawn ones of the same features by the difference of their scores,
-    softplus(score(draw) − score(cell)), the generator the reverse (relativistic pairing,
-    Jolicoeur-Martineau, ICLR 2019; with R1 + R2 as in R3GAN, Huang et al., NeurIPS 2024). How
-    features are read from latents the discriminator learns from cells and, where draws can be
-    measured, from draws as well: else it would not know what becomes of a draw's flaws when it is
-    measured, nor the generator. What draws still lack on average is asked for in addition.
+    the generator learns by the energy score of two draws of each cell, see `latent_energy_score`,
+    which goes on to the end as well: it alone asks that draws differ as cells do. Then the
+    discriminator learns to tell a cell's latents from drawn ones of the same features by the
+    difference of their scores, softplus(score(draw) − score(cell)), the generator the reverse
+    (relativistic pairing, Jolicoeur-Martineau, ICLR 2019; with R1 + R2 as in R3GAN, Huang et al.,
+    NeurIPS 2024); of two draws the discriminator sees the first. How features are read from latents
+    it learns from cells and, where draws can be measured, from draws as well: else it would not
+    know what becomes of a draw's flaws when it is measured, nor the generator. What draws still
+    lack on average is asked for in addition.
 
     Parameters
     ----------
@@ -103,8 +104,8 @@ class StochasticRecipe:
         rate, betas = setting.learning_rate, (0.0, 0.99)
         self.generator_optimiser = torch.optim.Adam(self._g, lr=rate, betas=betas, fused=True)
         self.discriminator_optimiser = torch.optim.Adam(self._d, lr=rate, betas=betas, fused=True)
-        self.averages_optimiser = torch.optim.Adam(
-            self._g, lr=_AVERAGES_RATE, betas=(0.9, 0.99), fused=True
+        self.alone_optimiser = torch.optim.Adam(
+            self._g, lr=_ALONE_RATE, betas=(0.9, 0.99), fused=True
         )
         self.autoencoder_optimiser = torch.optim.Adam(
             self._a, lr=setting.autoencoder_rate, betas=(0.9, 0.99), fused=True
@@ -122,13 +123,13 @@ class StochasticRecipe:
     def reached(self, share: float) -> None:
         """Set the learning rates by the share of the training that is done, 0 to 1."""
         setting, self._share = self.setting, share
-        first, then = setting.autoencoder, setting.autoencoder + setting.averages
+        first, then = setting.autoencoder, setting.autoencoder + setting.alone
         left = 1 - min(max(share - then, 0.0) / (1 - then), 1.0)
         cooled = min(1.0, left / setting.cooldown) if setting.cooldown else 1.0
         of_first = min(1.0, (1 - share / first) / 0.4) if share < first else _DECODE_RATE * cooled
         _set_rate(self.autoencoder_optimiser, setting.autoencoder_rate * of_first)
-        until = (then - share) / setting.averages if setting.averages else 1.0
-        _set_rate(self.averages_optimiser, _AVERAGES_RATE * min(max(2 * until, 0.0), 1.0))
+        until = (then - share) / setting.alone if setting.alone else 1.0
+        _set_rate(self.alone_optimiser, _ALONE_RATE * min(max(2 * until, 0.0), 1.0))
         for optimiser in (self.generator_optimiser, self.discriminator_optimiser):
             _set_rate(optimiser, setting.learning_rate * cooled)
         _set_rate(self.grain_optimiser, _GRAIN_RATE * cooled)
@@ -152,7 +153,7 @@ class StochasticRecipe:
         -------
         dict
             Of the autoencoder ``L_MSE`` (of its mean), ``L_likelihood`` and ``L_KL``; of the
-            generator alone ``L_latent``; then ``L_latent``, ``L_generator`` (without L_latent),
+            generator alone ``L_energy``; then ``L_energy``, ``L_generator`` (without L_energy),
             ``L_Dis``, ``L_features`` (real cells), ``L_measured`` (the same of measured draws,
             where there are any) and ``penalty`` (|∇ score|², real and generated, times
             `penalty_every` where it is taken and 0 elsewhere, so that its mean over steps is
@@ -161,9 +162,9 @@ class StochasticRecipe:
         random = torch.Generator(self._device).manual_seed(batch.seed)
         if self._share < self.setting.autoencoder:
             return self._encode_and_decode(batch, random, average)
-        if self._share < self.setting.autoencoder + self.setting.averages:
-            return self._learn_averages(batch, average)
-        self.averages_optimiser.state.clear()  # else its moments would be in every later state
+        if self._share < self.setting.autoencoder + self.setting.alone:
+            return self._learn_alone(batch, random, average)
+        self.alone_optimiser.state.clear()  # else its moments would be in every later state
         return self._draw_and_judge(batch, step, random, average)
 
     def _encode_and_decode(
@@ -185,18 +186,15 @@ class StochasticRecipe:
         losses = {"L_MSE": pixel, "L_likelihood": misfit, "L_KL": divergence}
         return {name: value.detach() for name, value in losses.items()}
 
-    def _learn_averages(self, batch: Batch, average: Average) -> dict[str, Tensor]:
-        """Update the generator by the squared error of latents, without noise, which it keeps."""
-        count = len(batch.features)
-        silence = torch.zeros((count, self.generator.latents.noise_size), device=self._device)
-        with self._autocast():
-            with torch.no_grad():
-                real, _ = self.encoder(to_log(batch.original))
-            drawn = self.generator.latents(batch.features, silence)
-        latent = 0.5 * (real.float() - drawn.float()).square().sum() / count
-        gradients = torch.autograd.grad(latent, self._g)
-        self._update(self._g, gradients, self.averages_optimiser, average)
-        return {"L_latent": latent.detach()}
+    def _learn_alone(self, batch: Batch, random: Random, average: Average) -> dict[str, Tensor]:
+        """Update the generator by the energy score of its draws."""
+        with torch.no_grad(), self._autocast():
+            real, _ = self.encoder(to_log(batch.original))
+        drawn = self._draw(batch.features.repeat(2, 1), random)
+        energy = latent_energy_score(real.float(), *drawn.chunk(2))
+        gradients = torch.autograd.grad(energy, self._g)
+        self._update(self._g, gradients, self.alone_optimiser, average)
+        return {"L_energy": energy.detach()}
 
     def _draw_and_judge(
         self, batch: Batch, step: int, random: Random, average: Average
@@ -206,7 +204,7 @@ class StochasticRecipe:
         values = to_log(batch.original)
         with torch.no_grad(), self._autocast():
             real, unsure = (found.float() for found in self.encoder(values))
-        drawn = self._draw(features, random)
+        drawn, again = self._draw(features.repeat(2, 1), random).chunk(2)
         seen_draw = drawn.detach().requires_grad_()
         if self._measurement is not None and step % _MEASURE_EVERY == 0:
             self._measure(self._measurement, seen_draw.detach(), batch, random)
@@ -228,16 +226,16 @@ class StochasticRecipe:
         total = loss + setting.regression * regression
         both = torch.cat([real, seen_draw])
         steepness = self._update_discriminator(both, features, total, step, average)
-        latent = 0.5 * (real - drawn).square().sum() / len(real)
+        energy = latent_energy_score(real, drawn, again)
         gradients = torch.autograd.grad(
-            [drawn, setting.latent * latent], self._g, [pull, torch.ones_like(latent)]
+            [drawn, setting.energy * energy], self._g, [pull, torch.ones_like(energy)]
         )
         self._update(self._g, gradients, self.generator_optimiser, average)
         if step % _DECODE_EVERY == 0:
             self._learn_to_decode(values, real, unsure, random, average)
         self._learn_grain(values, real, batch, random, average)
         self._follow()
-        losses = {"L_latent": latent, "L_generator": adversarial, "L_Dis": loss}
+        losses = {"L_energy": energy, "L_generator": adversarial, "L_Dis": loss}
         losses |= {"L_features": _distance(seen[: len(real)], features), "penalty": steepness}
         if len(measured):
             losses["L_measured"] = _distance(seen[len(real) :], as_measured)

@@ -17,13 +17,13 @@ class StochasticSetting:
         that share. After that, half of it is the decoder's.
     divergence
         Weight of KL in its bound.
-    averages
-        Share of the training, after the autoencoder's, in which the generator learns by L_latent
-        alone what cells look like on average; 0: it begins with the adversary.
+    alone
+        Share of the training, after the autoencoder's, in which the generator learns by L_energy
+        alone; 0: it begins with the adversary.
     learning_rate
         Of generator's and discriminator's Adam (β 0 and 0.99).
-    latent
-        Weight of ½ Σ (latent − drawn latent)², the mean over cells.
+    energy
+        Weight of `latent_energy_score`.
     regression
         Weight of ½ Σ (feature − feature as predicted from the latents)² / p.
     measured
@@ -45,9 +45,9 @@ class StochasticSetting:
     autoencoder: float = 0.25
     autoencoder_rate: float = 2e-3
     divergence: float = 1.0
-    averages: float = 0.05
+    alone: float = 0.05
     learning_rate: float = 4e-4
-    latent: float = 3e-4
+    energy: float = 0.02
     regression: float = 6.0
     measured: int = 16
     dropout: float = 0.3

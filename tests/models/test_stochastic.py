@@ -9,9 +9,9 @@ from torch.nn.functional import softplus
 
 from cp2image.models import stochastic_recipe
 from cp2image.models.autoencoder import evidence, from_log, latent_channels, to_log
+from cp2image.models.energy_score import latent_energy_score
 from cp2image.models.recipe import Batch
 from cp2image.models.stochastic import (
-    NOISE,
     StochasticDiscriminator,
     StochasticGenerator,
     map_sides,
@@ -200,15 +200,15 @@ def test_first_losses_are_those_of_the_papers():
     setting = {
         "penalty": 3.0,
         "penalty_every": 4,
-        "latent": 0.01,
+        "energy": 0.01,
         "regression": 0.25,
         "dropout": 0.0,
     }
     tested, cells = recipe(**setting), batch()
     original = latents_of(tested, cells)
     generator, discriminator = copy.deepcopy((tested.generator.latents, tested.discriminator))
-    noise = torch.randn(8, generator.noise_size, generator=torch.Generator().manual_seed(0))
-    drawn = generator(cells.features, noise)
+    noise = torch.randn(16, generator.noise_size, generator=torch.Generator().manual_seed(0))
+    drawn, again = generator(cells.features.repeat(2, 1), noise).chunk(2)
     real, seen = discriminator(original, cells.features)
     fake, _ = discriminator(drawn, cells.features)
     steepness = 0.0
@@ -223,7 +223,7 @@ def test_first_losses_are_those_of_the_papers():
     torch.testing.assert_close(found["L_features"], 0.5 * (seen - cells.features).square().mean())
     assert float(found["penalty"]) == pytest.approx(4 * steepness, rel=1e-4)
     torch.testing.assert_close(
-        found["L_latent"], 0.5 * (drawn - original).square().sum().detach() / 8
+        found["L_energy"], latent_energy_score(original, drawn, again).detach()
     )
     assert float(tested.step(cells, 1, alone)["penalty"]) == 0
 
@@ -232,7 +232,7 @@ def test_each_network_is_moved_by_the_other_as_it_was_before_the_step():
     setting = {
         "penalty": 2.0,
         "penalty_every": 1,
-        "latent": 0.01,
+        "energy": 0.01,
         "regression": 0.25,
         "dropout": 0.0,
     }
@@ -241,12 +241,12 @@ def test_each_network_is_moved_by_the_other_as_it_was_before_the_step():
     generator, discriminator = copy.deepcopy((tested.generator.latents, tested.discriminator))
     taken = []
     tested.step(cells, 0, lambda gradients: taken.append([g.clone() for g in gradients]))
-    noise = torch.randn(8, generator.noise_size, generator=torch.Generator().manual_seed(0))
-    drawn = generator(cells.features, noise)
+    noise = torch.randn(16, generator.noise_size, generator=torch.Generator().manual_seed(0))
+    drawn, again = generator(cells.features.repeat(2, 1), noise).chunk(2)
     real, seen = discriminator(original, cells.features)
     fake, fake_seen = discriminator(drawn, cells.features)
     total = softplus(real - fake).mean() + 0.25 * 0.5 * (fake_seen - cells.features).square().mean()
-    total = total + 0.01 * 0.5 * (drawn - original).square().sum() / 8
+    total = total + 0.01 * latent_energy_score(original, drawn, again)
     for mine, theirs in zip(
         taken[1], torch.autograd.grad(total, list(generator.parameters())), strict=True
     ):
@@ -275,7 +275,7 @@ def test_penalty_is_in_the_discriminators_gradient():
 
 
 def test_generator_is_pulled_towards_cells_features_and_reality_by_its_parts():
-    parts = ({"latent": 0.0}, {"regression": 0.0}, {})
+    parts = ({"energy": 0.0}, {"regression": 0.0}, {})
     taken = []
     for setting in parts:
         gradients = []
@@ -345,36 +345,39 @@ def test_the_autoencoder_learns_first_the_generator_next_then_all_but_the_encode
                 for p in parts
             ]
         )
-        named.append({"L_KL", "L_latent", "L_Dis"} & losses.keys())
-        moments = any(name.startswith("averages_optimiser.") for name in after)
-        assert moments == (named[-1] == {"L_latent"})
+        named.append({"L_KL", "L_energy", "L_Dis"} & losses.keys())
+        moments = any(name.startswith("alone_optimiser.") for name in after)
+        assert moments == (named[-1] == {"L_energy"})
     first, next_ = [True, True, False, False], [False, False, True, False]
     assert moved == [first, first, next_, [False, False, True, True], [False, True, True, True]]
-    assert named == [{"L_KL"}, {"L_KL"}, {"L_latent"}, *[{"L_latent", "L_Dis"}] * 2]
+    assert named == [{"L_KL"}, {"L_KL"}, {"L_energy"}, *[{"L_energy", "L_Dis"}] * 2]
 
 
-def test_averages_are_learned_without_unlearning_noise():
-    tested, cells = recipe(share=0.25), batch(cells=8)
-    before = {name: value.clone() for name, value in tested.state().items()}
-    first = tested.step(cells, 0, alone)["L_latent"]
-    silence = torch.zeros(8, tested.generator.latents.noise_size)
+def test_before_there_is_an_adversary_the_generator_learns_by_the_energy_score():
+    tested, cells = recipe(share=0.25), batch()
+    generator, real = copy.deepcopy(tested.generator.latents), latents_of(tested, cells)
+    noise = torch.randn(16, generator.noise_size, generator=torch.Generator().manual_seed(0))
+    drawn = generator(cells.features.repeat(2, 1), noise).chunk(2)
+    found = tested.step(cells, 0, alone)["L_energy"]
+    torch.testing.assert_close(found, latent_energy_score(real, *drawn).detach())
+
+
+def test_draws_of_the_energy_score_come_to_differ_as_cells_do():
+    """Cells of the same features are dark or bright: draws spread as far, not about the mean."""
+    tested = recipe(share=0.25)
+    levels = torch.tensor([0.02, 0.3]).repeat(8)[:, None, None, None]
+    original = levels.expand(-1, CHANNELS, SIZE, SIZE).contiguous()
+    features = torch.zeros(16, FEATURES)
+    for step in range(150):
+        tested.step(Batch(original, features, original[:0], step), step, alone)
+    real = latents_of(tested, Batch(original, features, original[:0]))
+    noise = torch.randn(200, tested.generator.latents.noise_size)
     with torch.no_grad():
-        tested.generator.load_state_dict(
-            {k[10:]: v for k, v in before.items() if k.startswith("generator.")}
-        )
-        drawn = tested.generator.latents(cells.features, silence)
-    missed = 0.5 * (latents_of(tested, cells) - drawn).square().sum() / 8
-    torch.testing.assert_close(first, missed)
-    for step in range(1, 60):
-        last = tested.step(cells, step, alone)["L_latent"]
-    assert last < 0.3 * first
-    for i, block in enumerate(tested.generator.latents.blocks):
-        assert torch.equal(
-            block.strength.weight, before[f"generator.latents.blocks.{i}.strength.weight"]
-        )
-        film = before[f"generator.latents.blocks.{i}.film.weight"]
-        assert torch.equal(block.film.weight[:, -NOISE:], film[:, -NOISE:])
-        assert not torch.equal(block.film.weight, film)
+        drawn = tested.generator.latents(features[:1].expand(200, -1), noise)
+    axis = real[1] - real[0]  # 0 on it is a dark cell, 1 a bright one
+    places = ((drawn - real[0]) * axis).sum(dim=(1, 2, 3)) / axis.square().sum()
+    assert 0.25 < places.mean() < 0.75
+    assert 0.3 < places.std() < 0.75  # 0.5 are the cells'
 
 
 def test_the_decoder_goes_on_to_learn_cells_whose_latents_stay():
@@ -510,7 +513,7 @@ def rates(tested):
         group["lr"]
         for one in (
             tested.autoencoder_optimiser,
-            tested.averages_optimiser,
+            tested.alone_optimiser,
             tested.generator_optimiser,
             tested.discriminator_optimiser,
             tested.grain_optimiser,
@@ -521,7 +524,7 @@ def rates(tested):
 
 def test_learning_rates_fall_in_a_line_over_the_last_share_of_each_part():
     tested = recipe(
-        learning_rate=0.1, cooldown=0.25, autoencoder=0.2, autoencoder_rate=0.3, averages=0.2
+        learning_rate=0.1, cooldown=0.25, autoencoder=0.2, autoencoder_rate=0.3, alone=0.2
     )
     for share, first, next_, rate in [
         (0, 0.3, 1e-3, 0.1),
