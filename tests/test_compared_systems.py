@@ -224,7 +224,7 @@ def test_a_setting_that_came_later_counts_only_where_it_is_set():
         ({"preset": "lsgan", "optimiser": "as_named"}, "optimiser"),
         ({"preset": "vae", "gamma": (0, 1, 1, 1)}, "gamma"),
         ({"preset": "paper", "beta": 1.0}, "beta"),
-        ({"preset": "vae", "stochastic": {"latent": 0.1}}, "stochastic"),
+        ({"preset": "vae", "stochastic": {"energy": 0.1}}, "stochastic"),
     ],
 )
 def test_settings_of_other_systems_are_refused(train, name):

@@ -80,13 +80,13 @@ def test_each_run_has_its_folder_seed_and_settings_and_all_one_store(tmp_path):
 
 def test_a_change_deep_down_leaves_its_neighbours(tmp_path):
     whole = config(tmp_path)
-    train = {"preset": "cp2image-s", "stochastic": {"latent": 0.1}}
+    train = {"preset": "cp2image-s", "stochastic": {"energy": 0.1}}
     systems = {"new": {"train": {"stochastic": {"regression": 2.0}}}}
     base = whole.model_dump()
     base["train"] |= train
     base["compare"]["systems"] = systems
     found = derive(Config.model_validate(base), "new", 0).train.stochastic
-    assert (found.latent, found.regression) == (0.1, 2.0)
+    assert (found.energy, found.regression) == (0.1, 2.0)
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,7 @@ def test_the_learning_rates_end_near_zero(tmp_path, cells):
 
 
 def test_parts_can_be_switched_off(tmp_path, cells, trained):
-    off = {"latent": 0.0, "regression": 0.0, "penalty": 0.0, "ema": 0.0}
+    off = {"energy": 0.0, "regression": 0.0, "penalty": 0.0, "ema": 0.0}
     config = settings(tmp_path / "off", cells, stochastic=off)
     run_loop(plan_of(config))
     with pytest.raises(AssertionError):
