@@ -95,7 +95,7 @@ def test_whole_numbers_are_known_from_the_config_itself():
         ),
         ({"objective": {"metric": "train/L_MSE"}, "train": {"validate_every": 10}}, "log_every"),
         ({"search": "population", "trials": 7}, "expected at least 8"),
-        ({"space": {"train.stochastic.latent": {"low": 0.1, "high": 1}}}, "not a setting of"),
+        ({"space": {"train.stochastic.energy": {"low": 0.1, "high": 1}}}, "not a setting of"),
     ],
 )
 def test_a_search_that_could_be_had_for_nothing_is_refused(changes, message):
