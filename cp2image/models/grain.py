@@ -1,9 +1,10 @@
 """What a cell's noise is like: how alike from pixel to pixel, how uneven. Pure torch.
 
 Optics, resampling and correction make a camera's noise alike from pixel to pixel, a cell out of
-focus has less of it, and what latents cannot hold looks like noise as well. `Grain` tells from
-features and latents what white noise is to be filtered with, 7 × 7 pixels a channel; it learns from
-the spectra of real cells' noise by Whittle's likelihood (Arkiv för Matematik 1953). How strong
+focus has less of it, and what latents cannot hold looks like noise as well: more where a patch is
+bright. `Grain` tells from features and latents what white noise is to be filtered with, 7 × 7
+pixels a channel, in bright places and in dark ones; it learns from the spectra of real cells' noise
+by Whittle's likelihood (Arkiv för Matematik 1953), within a window each for either. How strong
 noise is still differs from what is told, from cell to cell and from place to place: by as much as
 was seen, drawn noise does so too.
 """
@@ -22,6 +23,8 @@ _PITCH = 8
 """Pixels from one place to the next, between which strengths differ."""
 _VARIANCE = 0.01
 """Of strengths' logarithms, at first."""
+_STEEPNESS = 2.0
+"""How fast places turn from dark to bright: per standard deviation of a patch."""
 _LEAST_POWER = 0.01
 """Of any frequency, so that a filter that leaves one out does not meet an endless misfit."""
 
@@ -38,7 +41,7 @@ PLACES = _half_plane()
 
 
 class Grain(nn.Module):
-    """Features and latents to a filter for each channel; at first it leaves noise as it is.
+    """Features and latents to two filters for each channel; at first they leave noise as it is.
 
     Parameters
     ----------
@@ -56,7 +59,7 @@ class Grain(nn.Module):
         self._places = -(-patch_size // _PITCH)
         self.features = nn.Linear(features, _WIDTH)
         self.latents = nn.Linear(2 * latent_channels(channels), _WIDTH)
-        self.last = nn.Linear(_WIDTH, channels * len(PLACES))
+        self.last = nn.Linear(_WIDTH, 2 * channels * len(PLACES))
         self.variances = nn.Parameter(torch.full((2, channels), _VARIANCE))
         with torch.no_grad():
             self.last.weight.zero_()
@@ -81,21 +84,23 @@ class Grain(nn.Module):
         Returns
         -------
         Tensor
-            Weights, (N, channels, 25), for `filtered`.
+            Weights, (N, 2, channels, 25), each as `filtered` takes them: of bright places, of dark.
         """
         maps = latents.float().flatten(2)
         summary = torch.cat([maps.mean(dim=2), (maps.var(dim=2) + 1e-4).sqrt()], dim=1)
         hidden = leaky_relu(self.features(features) + self.latents(summary), _SLOPE)
         weights: Tensor = self.last(hidden)
-        return weights.view(-1, self._channels, len(PLACES))
+        return weights.view(-1, 2, self._channels, len(PLACES))
 
-    def drawn(self, weights: Tensor, noise: Tensor) -> Tensor:
+    def drawn(self, weights: Tensor, bright: Tensor, noise: Tensor) -> Tensor:
         """Filter white noise and make it uneven.
 
         Parameters
         ----------
         weights
-            Each cell's filters, (N, channels, 25).
+            Each cell's filters, (N, 2, channels, 25).
+        bright
+            How far a pixel counts as bright, see `brightness`.
         noise
             Standard normal, (N, noise_size).
 
@@ -106,7 +111,8 @@ class Grain(nn.Module):
         """
         pixels = self._channels * self._side**2
         white = noise[:, :pixels].reshape(-1, self._channels, self._side, self._side)
-        return filtered(white, weights) * self.strength(noise[:, pixels:])
+        made = torch.lerp(filtered(white, weights[:, 1]), filtered(white, weights[:, 0]), bright)
+        return made * self.strength(noise[:, pixels:])
 
     def strength(self, noise: Tensor) -> Tensor:
         """Return factors, (N, channels, side, side), whose squares are 1 in the mean.
@@ -129,7 +135,9 @@ class Grain(nn.Module):
         factors: Tensor = (uneven - (whole + local)).exp()
         return factors
 
-    def unevenness_misfit(self, weights: Tensor, seen: Tensor, made: Tensor) -> Tensor:
+    def unevenness_misfit(
+        self, weights: Tensor, bright: Tensor, seen: Tensor, made: Tensor
+    ) -> Tensor:
         """Return what has the gradient by which the variances learn, and no meaning beside.
 
         Energies' logarithms, less what the filters say, are squared: the whole patch's, and those
@@ -138,29 +146,52 @@ class Grain(nn.Module):
 
         Parameters
         ----------
-        weights
-            Filters, (N, channels, 25).
+        weights, bright
+            As `drawn` takes them.
         seen
             What the decoder takes for noise, divided by its deviation, (N, channels, side, side).
         made
             Noise that was drawn by the same filters.
         """
-        told = filter_energy(weights)
+        told = energy(weights, bright)
         more = _unevenness(seen, told) - _unevenness(made, told)
         return -(self.variances * more.detach()).sum()
 
 
-def filter_energy(weights: Tensor) -> Tensor:
-    """Return white noise's mean square once it was filtered, (N, channels)."""
-    return weights[..., 0].square() + 2 * weights[..., 1:].square().sum(dim=-1)
+def brightness(mean: Tensor) -> Tensor:
+    """Return how far each pixel counts as bright, 0 to 1, of patches on the log scale.
+
+    Parameters
+    ----------
+    mean
+        (N, channels, H, W); a channel's pixels are compared with its own mean and deviation.
+    """
+    variance, middle = torch.var_mean(mean, dim=(2, 3), keepdim=True)
+    return (_STEEPNESS * (mean - middle) / (variance + 1e-3).sqrt()).sigmoid()
+
+
+def energy(weights: Tensor, bright: Tensor) -> Tensor:
+    """Return the mean square at each pixel of white noise that `Grain.drawn` has filtered.
+
+    Parameters
+    ----------
+    weights, bright
+        As `Grain.drawn` takes them.
+    """
+    twice = torch.full((len(PLACES),), 2.0, device=weights.device)
+    twice[0] = 1.0
+    own = (weights.square() * twice).sum(dim=-1)[..., None, None]
+    both = (weights[:, 0] * weights[:, 1] * twice).sum(dim=-1)[..., None, None]
+    dark = 1 - bright
+    return bright.square() * own[:, 0] + 2 * bright * dark * both + dark.square() * own[:, 1]
 
 
 def _unevenness(noise: Tensor, told: Tensor) -> Tensor:
     """Return the mean squares of log energies, (2, channels): of patches, of places in them."""
-    places = avg_pool2d(noise.square(), _PITCH) + 1e-6
+    places = avg_pool2d(noise.square() / (told + 1e-6), _PITCH) + 1e-6
     whole = places.mean(dim=(2, 3))
     local = (places / whole[:, :, None, None]).log().square().mean(dim=(0, 2, 3))
-    return torch.stack([(whole / (told + 1e-6)).log().square().mean(dim=0), local])
+    return torch.stack([whole.log().square().mean(dim=0), local])
 
 
 def filtered(noise: Tensor, weights: Tensor) -> Tensor:
@@ -171,7 +202,7 @@ def filtered(noise: Tensor, weights: Tensor) -> Tensor:
     noise
         (N, channels, side, side).
     weights
-        Each cell's filters, (N, channels, 25), as of `Grain`.
+        Each cell's filters, (N, channels, 25).
     """
     around = pad(noise, (_REACH,) * 4, mode="circular").flatten(0, 1)
     side = 2 * _REACH + 1
@@ -195,13 +226,32 @@ def power(weights: Tensor, side: int) -> Tensor:
     return gain.square()
 
 
+def misfit(weights: Tensor, bright: Tensor, noise: Tensor) -> Tensor:
+    """Return the mean `spectral_misfit` of noise in bright places and in dark ones.
+
+    Parameters
+    ----------
+    weights, bright
+        As `Grain.drawn` takes them.
+    noise
+        As of `spectral_misfit`.
+    """
+    within = (noise * _of_mean_square_1(share) for share in (bright, 1 - bright))
+    light, dark = (spectral_misfit(weights[:, i], seen) for i, seen in enumerate(within))
+    return 0.5 * (light + dark)
+
+
+def _of_mean_square_1(window: Tensor) -> Tensor:
+    return window / (window.square().mean(dim=(2, 3), keepdim=True) + 1e-6).sqrt()
+
+
 def spectral_misfit(weights: Tensor, noise: Tensor) -> Tensor:
     """Return how badly filters explain noise: −log likelihood of its spectrum, up to a constant.
 
     Parameters
     ----------
     weights
-        As of `Grain`, (N, channels, 25).
+        (N, channels, 25).
     noise
         What the decoder takes for noise, divided by its deviation, (N, channels, side, side).
 

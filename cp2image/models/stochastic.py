@@ -31,7 +31,7 @@ from torch.nn.functional import (
 
 from cp2image.models.autoencoder import PatchDecoder, from_log, latent_channels
 from cp2image.models.circular_harmonics import CircularHarmonics
-from cp2image.models.grain import Grain
+from cp2image.models.grain import Grain, brightness
 from cp2image.models.keyed_noise import keyed_normal
 
 NOISE = 64
@@ -207,9 +207,11 @@ class StochasticGenerator(nn.Module):
     def decode(self, latents: Tensor, features: Tensor, noise: Tensor) -> Tensor:
         """Make patches of latents and of the noise that `Grain.drawn` takes, see `forward`."""
         mean, log_deviation = self.decoder(latents)
+        mean = mean.float()
         with torch.autocast(latents.device.type, enabled=False):
-            grain = self.grain.drawn(self.grain(features.float(), latents), noise)
-        return from_log(mean.float() + log_deviation.float().exp() * grain)
+            filters = self.grain(features.float(), latents)
+            grain = self.grain.drawn(filters, brightness(mean), noise)
+        return from_log(mean + log_deviation.float().exp() * grain)
 
 
 class StochasticDiscriminator(nn.Module):

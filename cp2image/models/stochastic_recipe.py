@@ -17,7 +17,7 @@ from cp2image.models.autoencoder import (
     to_log,
 )
 from cp2image.models.energy_score import latent_energy_score
-from cp2image.models.grain import spectral_misfit
+from cp2image.models.grain import brightness, misfit
 from cp2image.models.losses import pixel_loss
 from cp2image.models.measured_draws import MeasuredDraws, Measurement
 from cp2image.models.recipe import Average, Batch, load_optimiser, optimiser_state, part_of
@@ -266,12 +266,14 @@ class StochasticRecipe:
             with torch.no_grad(), self._autocast():
                 decoded, log_deviation = self.generator.decoder(latents[rows])
             noise = (values[rows] - decoded).float() * (-log_deviation.float()).exp()
-            weights = self.generator.grain(batch.features[rows] * shown, latents[rows])
-            size = (len(rows), self.generator.grain.noise_size)
+            bright, grain = brightness(decoded.float()), self.generator.grain
+            weights = grain(batch.features[rows] * shown, latents[rows])
+            size = (len(rows), grain.noise_size)
             white = torch.randn(size, generator=random, device=self._device)
-            made = self.generator.grain.drawn(weights.detach(), white).detach()
-            uneven = self.generator.grain.unevenness_misfit(weights, noise, made)
-            gradients = list(torch.autograd.grad(spectral_misfit(weights, noise) + uneven, self._n))
+            made = grain.drawn(weights.detach(), bright, white).detach()
+            uneven = grain.unevenness_misfit(weights, bright, noise, made)
+            total = misfit(weights, bright, noise) + uneven
+            gradients = list(torch.autograd.grad(total, self._n))
         # Where a filter nears 0 the likelihood is steep, and one step could lead astray.
         self._update(self._n, gradients, self.grain_optimiser, average, most=1.0)
 

@@ -3,15 +3,25 @@
 import pytest
 import torch
 
-from cp2image.models.grain import PLACES, Grain, filter_energy, filtered, power, spectral_misfit
+from cp2image.models.grain import (
+    PLACES,
+    Grain,
+    brightness,
+    energy,
+    filtered,
+    misfit,
+    power,
+    spectral_misfit,
+)
 
 
 def test_at_first_noise_stays_as_it_is():
     torch.manual_seed(0)
     weights = Grain(5, 3, 24)(torch.randn(2, 5), torch.randn(2, 4, 6, 6))
     noise = torch.randn(2, 3, 20, 21)
-    torch.testing.assert_close(filtered(noise, weights), noise)
-    torch.testing.assert_close(power(weights, 9), torch.ones(2, 3, 9, 5))
+    for either in weights.unbind(1):
+        torch.testing.assert_close(filtered(noise, either), noise)
+        torch.testing.assert_close(power(either, 9), torch.ones(2, 3, 9, 5))
 
 
 def test_a_cells_filter_hears_of_its_features_and_of_its_latents_however_they_lie():
@@ -20,7 +30,7 @@ def test_a_cells_filter_hears_of_its_features_and_of_its_latents_however_they_li
     torch.nn.init.normal_(tested.last.weight, std=0.1)
     features, latents = torch.randn(1, 5), torch.randn(1, 4, 6, 6)
     weights = tested(features, latents)
-    assert weights.shape == (1, 3, len(PLACES))
+    assert weights.shape == (1, 2, 3, len(PLACES))
     assert (tested(features + 1, latents) != weights).any()
     assert (tested(features, 2 * latents) != weights).any()
     torch.testing.assert_close(tested(features, latents.rot90(1, (2, 3))), weights)
@@ -76,9 +86,9 @@ def test_each_cells_noise_is_found_again_by_what_its_features_say():
         true[:, 0, 1] = 0.2
         noise = filtered(torch.randn(16, 1, 20, 20), true)
         optimiser.zero_grad()
-        spectral_misfit(tested(features, latents), noise).backward()
+        spectral_misfit(tested(features, latents)[:, 0], noise).backward()
         optimiser.step()
-    found = tested(torch.tensor([[-1.0, 0], [1, 0], [0, 1]]), latents[:3])[:, 0]
+    found = tested(torch.tensor([[-1.0, 0], [1, 0], [0, 1]]), latents[:3])[:, 0, 0]
     expected = torch.zeros(3, len(PLACES))
     expected[:, :2] = torch.tensor([[0.7, 0.2], [0.9, 0.2], [0.8, 0.2]])
     torch.testing.assert_close(found, expected, rtol=0, atol=0.05)
@@ -90,12 +100,70 @@ def test_a_filter_has_every_place_within_three_pixels_once_or_mirrored():
     assert sorted([*PLACES, *mirrored]) == sorted(everywhere)
 
 
-def test_energy_is_the_mean_of_the_power():
+def half_bright(side, cells=1):
+    """Cells whose left half is bright."""
+    bright = torch.zeros(cells, 1, side, side)
+    bright[..., : side // 2] = 1
+    return bright
+
+
+def test_bright_places_are_those_above_a_channels_own_middle():
     torch.manual_seed(0)
-    weights = torch.randn(2, 3, len(PLACES))
-    white = torch.randn(2, 3, 256, 256)
-    made = filtered(white, weights).square().mean(dim=(2, 3))
-    torch.testing.assert_close(made, filter_energy(weights), rtol=0.1, atol=0)
+    mean = torch.randn(2, 3, 9, 8)
+    bright = brightness(mean)
+    assert ((0 < bright) & (bright < 1)).all()
+    middle = mean.mean(dim=(2, 3), keepdim=True)
+    assert ((bright > 0.5) == (mean > middle)).all()
+    torch.testing.assert_close(brightness(3 * mean + 1), bright, rtol=0.01, atol=1e-3)
+    even = torch.full((1, 1, 4, 4), -0.7)
+    torch.testing.assert_close(brightness(even), torch.full_like(even, 0.5))
+
+
+def test_noise_in_bright_places_is_by_the_first_filter_and_in_dark_ones_by_the_second():
+    torch.manual_seed(0)
+    tested, weights = with_variances(0.0, 0.0), torch.randn(2, 2, 1, len(PLACES))
+    noise = torch.randn(2, tested.noise_size)
+    white = noise[:, : 24**2].view(2, 1, 24, 24)
+    made = tested.drawn(weights, half_bright(24, 2), noise)
+    by_first, by_second = (filtered(white, weights[:, i]) for i in (0, 1))
+    torch.testing.assert_close(made[..., :12], by_first[..., :12])
+    torch.testing.assert_close(made[..., 12:], by_second[..., 12:])
+    halfway = tested.drawn(weights, torch.full_like(white, 0.25), noise)
+    torch.testing.assert_close(halfway, 0.25 * by_first + 0.75 * by_second)
+
+
+def test_energy_is_the_mean_square_of_what_is_drawn():
+    torch.manual_seed(0)
+    tested, weights = with_variances(0.0, 0.0), torch.randn(1, 2, 1, len(PLACES))
+    bright = torch.rand(1, 1, 24, 24)
+    noise = torch.randn(20_000, tested.noise_size)
+    many = weights.expand(len(noise), -1, -1, -1)
+    squares = torch.cat([tested.drawn(w, bright, n).square() for w, n in batches(many, noise)])
+    torch.testing.assert_close(
+        squares.mean(dim=0, keepdim=True), energy(weights, bright), rtol=0.1, atol=0
+    )
+
+
+def batches(*tensors):
+    return zip(*(t.split(1000) for t in tensors), strict=True)
+
+
+def test_each_filter_is_found_again_from_the_places_that_it_is_for():
+    torch.manual_seed(0)
+    true = torch.zeros(16, 2, 1, len(PLACES))
+    true[:, 0, 0, :2] = torch.tensor([0.8, 0.4])
+    true[:, 1, 0, 0] = 1.0
+    found = torch.zeros(1, 2, 1, len(PLACES))
+    found[..., 0] = 1.0
+    found.requires_grad_()
+    optimiser = torch.optim.Adam([found], lr=0.01)
+    source, bright = with_variances(0.0, 0.0, side=32), half_bright(32, 16)
+    for _ in range(150):
+        noise = source.drawn(true, bright, torch.randn(16, source.noise_size))
+        optimiser.zero_grad()
+        misfit(found.expand(16, -1, -1, -1), bright, noise).backward()
+        optimiser.step()
+    torch.testing.assert_close(found.detach(), true[:1], rtol=0, atol=0.06)
 
 
 def with_variances(whole, local, *, side=24):
@@ -128,9 +196,9 @@ def test_strength_is_a_cells_and_its_places():
 
 def test_variances_below_0_are_none():
     noise = torch.randn(2, with_variances(0.0, 0.0).noise_size)
-    weights = torch.zeros(2, 1, len(PLACES))
+    weights = torch.zeros(2, 2, 1, len(PLACES))
     weights[..., 0] = 1.0
-    made = with_variances(-0.1, 0.0).drawn(weights, noise)
+    made = with_variances(-0.1, 0.0).drawn(weights, half_bright(24, 2), noise)
     torch.testing.assert_close(made, noise[:, : 24**2].view(2, 1, 24, 24))
 
 
@@ -139,13 +207,16 @@ def test_how_uneven_noise_is_is_found_again(whole, local):
     torch.manual_seed(0)
     true, tested = with_variances(whole, local, side=32), Grain(2, 1, 32)
     optimiser = torch.optim.Adam([tested.variances], lr=5e-4, betas=(0.9, 0.99))
-    weights = torch.zeros(8, 1, len(PLACES))
-    weights[..., 0], weights[..., 1] = 0.9, 0.3
+    weights, bright = torch.zeros(8, 2, 1, len(PLACES)), half_bright(32, 8)
+    weights[:, 0, 0, :2] = torch.tensor([0.9, 0.3])
+    weights[:, 1, 0, 0] = 0.5
     found = []
     for _ in range(400):
-        seen, made = (g.drawn(weights, torch.randn(8, g.noise_size)) for g in (true, tested))
+        seen, made = (
+            g.drawn(weights, bright, torch.randn(8, g.noise_size)) for g in (true, tested)
+        )
         optimiser.zero_grad()
-        tested.unevenness_misfit(weights, seen, made).backward()
+        tested.unevenness_misfit(weights, bright, seen, made).backward()
         optimiser.step()
         found.append(tested.variances.detach().clamp_min(0).flatten().clone())
     last = torch.stack(found[200:]).mean(dim=0)
