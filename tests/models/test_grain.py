@@ -111,7 +111,7 @@ def test_bright_places_are_those_above_a_channels_own_middle():
     torch.manual_seed(0)
     mean = torch.randn(2, 3, 9, 8)
     bright = brightness(mean)
-    assert ((0 < bright) & (bright < 1)).all()
+    assert ((bright > 0) & (bright < 1)).all()
     middle = mean.mean(dim=(2, 3), keepdim=True)
     assert ((bright > 0.5) == (mean > middle)).all()
     torch.testing.assert_close(brightness(3 * mean + 1), bright, rtol=0.01, atol=1e-3)
