@@ -128,8 +128,8 @@ def test_noise_in_bright_places_is_by_the_first_filter_and_in_dark_ones_by_the_s
     by_first, by_second = (filtered(white, weights[:, i]) for i in (0, 1))
     torch.testing.assert_close(made[..., :12], by_first[..., :12])
     torch.testing.assert_close(made[..., 12:], by_second[..., 12:])
-    halfway = tested.drawn(weights, torch.full_like(white, 0.25), noise)
-    torch.testing.assert_close(halfway, 0.25 * by_first + 0.75 * by_second)
+    blended = tested.drawn(weights, torch.full_like(white, 0.25), noise)
+    torch.testing.assert_close(blended, 0.25 * by_first + 0.75 * by_second)
 
 
 def test_energy_is_the_mean_square_of_what_is_drawn():
