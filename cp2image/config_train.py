@@ -56,9 +56,11 @@ class Stochastic(Section):
     alone: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the training after that in which the generator learns by the energy score alone,
     before there is an adversary."""
-    learning_rate: Amount = 4e-4
-    """Of generator and discriminator afterwards."""
-    energy: NotNegative = 0.02
+    learning_rate: Amount = 6e-4
+    """Of generator and discriminator afterwards, at its highest."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    """Share of the time afterwards, its first, in which that rate rises from 0 in a line."""
+    energy: NotNegative = 0.03
     """Weight of the energy score of two draws of each cell."""
     regression: NotNegative = 6.0
     """Weight of the features as the discriminator reads them from latents."""
@@ -73,7 +75,7 @@ class Stochastic(Section):
     penalty_every: Positive = 8
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Decay of the averaged generator per step."""
-    cooldown: Annotated[float, Field(ge=0, le=1)] = 0.3
+    cooldown: Annotated[float, Field(ge=0, le=1)] = 0.6
     """Share of the time afterwards, its last, in which the learning rates fall to 0 in a line."""
 
     @model_validator(mode="after")

@@ -22,7 +22,7 @@ from cp2image.figures.patches import figure_pairs
 from cp2image.metrics.validation import ValidationScores
 from cp2image.models.data_parallel import average_over_ranks
 from cp2image.models.losses import pixel_loss
-from cp2image.models.presets import sees
+from cp2image.models.presets import STOCHASTIC, sees
 from cp2image.models.recipe import Batch, Recipe
 from cp2image.profiles import Preparation
 from cp2image.storage import delete_tree, join, list_files, read_bytes, write_bytes
@@ -255,9 +255,12 @@ class TrainingLoop:
     def _check_finite(self, values: dict[str, float]) -> None:
         bad = [name for name, value in values.items() if not np.isfinite(value)]
         if bad:
+            settings = self._plan.config.train
+            rate = f"train.learning_rate (optimiser setting {settings.optimiser!r})"
+            if settings.preset == STOCHASTIC:
+                rate = f"train.stochastic.learning_rate ({settings.stochastic.learning_rate:g})"
             raise DivergenceError(
-                f"step {self.step}: {', '.join(bad)} not finite; lower train.learning_rate "
-                f"(optimiser setting {self._plan.config.train.optimiser!r}) or switch bf16 off"
+                f"step {self.step}: {', '.join(bad)} not finite; lower {rate} or switch bf16 off"
             )
 
     def _validate(self) -> dict[str, float]:

@@ -284,6 +284,15 @@ def test_diverging_training_names_the_learning_rate_and_keeps_no_broken_state(tm
         cp2image.load(config.train.output)
 
 
+def test_a_diverging_preset_with_rates_of_its_own_names_its_own(tmp_path, cells):
+    stochastic = {"learning_rate": 1e30, "autoencoder": 0.1, "alone": 0, "warmup": 0}
+    preset = {"preset": "cp2image-s", "learning_rate": None, "gamma_ramp": 2500}
+    config = experiment(tmp_path, cells, stochastic=stochastic, **preset)
+    names_it = r"not finite; lower train\.stochastic\.learning_rate \(1e\+30\)"
+    with pytest.raises(TrainingError, match=names_it):
+        run_loop(plan_of(config))
+
+
 def test_fingerprint_tells_settings_and_data_apart_but_not_their_amount(tmp_path, cells):
     dataset = open_dataset(cells)
     mark = fingerprint(experiment(tmp_path, cells), dataset)

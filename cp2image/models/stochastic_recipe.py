@@ -26,12 +26,16 @@ from cp2image.models.stochastic_setting import StochasticSetting
 
 _GRAIN_CELLS = 4
 """Most cells of a step of the second part whose noise is looked at."""
-_DECODE_EVERY, _DECODE_RATE = 8, 0.5
-"""Steps of the second part from one of the decoder's to the next; its share of the first's rate."""
+_DECODE_EVERY, _DECODE_RATE, _DECODE_COOLDOWN = 8, 0.5, 0.3
+"""Steps of the second part from one of the decoder's to the next; its share of the first's rate;
+last share of the training after the generator's alone in which that falls to 0, the grain's too."""
 _ALONE_RATE = 1e-3
 """Learning rate of the generator while there is no adversary; it falls over that part's half."""
-_GRAIN_RATE, _GRAIN_DROPOUT = 3e-4, 0.2
-"""Learning rate of what noise is filtered with; share of the features that it does not see."""
+_ENERGY_EVERY = 2
+"""Steps of the second part from one with a second draw of each cell to the next."""
+_GRAIN_EVERY, _GRAIN_RATE, _GRAIN_DROPOUT = 2, 3e-4, 0.2
+"""Steps of the second part from one to the next of what noise is filtered with; its learning rate;
+share of the features that it does not see."""
 _MEASURE_EVERY = 8
 """Steps of the second part from one measurement of draws to the next."""
 
@@ -48,13 +52,13 @@ class StochasticRecipe:
 
     First the autoencoder learns patches; its decoder and what filters noise go on to the end. Next
     the generator learns by the energy score of two draws of each cell, see `latent_energy_score`,
-    which goes on to the end as well: it alone asks that draws differ as cells do. Then the
-    discriminator learns to tell a cell's latents from drawn ones of the same features by the
-    difference of their scores, softplus(score(draw) − score(cell)), the generator the reverse
-    (relativistic pairing, Jolicoeur-Martineau, ICLR 2019; with R1 + R2 as in R3GAN, Huang et al.,
-    NeurIPS 2024); of two draws the discriminator sees the first. How features are read from latents
-    it learns from cells and, where draws can be measured, from draws as well: else it would not
-    know what becomes of a draw's flaws when it is measured, nor the generator. What draws still
+    which goes on to the end, later in every second step: it alone asks that draws differ as cells
+    do. Then the discriminator learns to tell a cell's latents from drawn ones of the same features
+    by the difference of their scores, softplus(score(draw) − score(cell)), the generator the
+    reverse (relativistic pairing, Jolicoeur-Martineau, ICLR 2019; with R1 + R2 as in R3GAN, Huang
+    et al., NeurIPS 2024); of two draws the discriminator sees the first. How features are read from
+    latents it learns from cells and, where draws can be measured, from draws as well: else it would
+    not know what becomes of a draw's flaws when it is measured, nor the generator. What draws still
     lack on average is asked for in addition.
 
     Parameters
@@ -126,13 +130,15 @@ class StochasticRecipe:
         first, then = setting.autoencoder, setting.autoencoder + setting.alone
         left = 1 - min(max(share - then, 0.0) / (1 - then), 1.0)
         cooled = min(1.0, left / setting.cooldown) if setting.cooldown else 1.0
-        of_first = min(1.0, (1 - share / first) / 0.4) if share < first else _DECODE_RATE * cooled
+        late = min(1.0, left / _DECODE_COOLDOWN)
+        of_first = min(1.0, (1 - share / first) / 0.4) if share < first else _DECODE_RATE * late
         _set_rate(self.autoencoder_optimiser, setting.autoencoder_rate * of_first)
         until = (then - share) / setting.alone if setting.alone else 1.0
         _set_rate(self.alone_optimiser, _ALONE_RATE * min(max(2 * until, 0.0), 1.0))
+        begun = min(1.0, (1 - left) / setting.warmup) if setting.warmup else 1.0
         for optimiser in (self.generator_optimiser, self.discriminator_optimiser):
-            _set_rate(optimiser, setting.learning_rate * cooled)
-        _set_rate(self.grain_optimiser, _GRAIN_RATE * cooled)
+            _set_rate(optimiser, setting.learning_rate * begun * cooled)
+        _set_rate(self.grain_optimiser, _GRAIN_RATE * late)
 
     def step(self, batch: Batch, step: int, average: Average) -> dict[str, Tensor]:
         """Train on one batch: autoencoder, generator, then generator and discriminator.
@@ -155,9 +161,10 @@ class StochasticRecipe:
             Of the autoencoder ``L_MSE`` (of its mean), ``L_likelihood`` and ``L_KL``; of the
             generator alone ``L_energy``; then ``L_energy``, ``L_generator`` (without L_energy),
             ``L_Dis``, ``L_features`` (real cells), ``L_measured`` (the same of measured draws,
-            where there are any) and ``penalty`` (|∇ score|², real and generated, times
-            `penalty_every` where it is taken and 0 elsewhere, so that its mean over steps is
-            right): scalars without gradients.
+            where there are any) and ``penalty`` (|∇ score|², real and generated): scalars without
+            gradients. L_energy beside a discriminator and the penalty are not taken in every step:
+            0 where they are not, and as many times as much where they are, so that their means
+            over steps are right.
         """
         random = torch.Generator(self._device).manual_seed(batch.seed)
         if self._share < self.setting.autoencoder:
@@ -204,7 +211,8 @@ class StochasticRecipe:
         values = to_log(batch.original)
         with torch.no_grad(), self._autocast():
             real, unsure = (found.float() for found in self.encoder(values))
-        drawn, again = self._draw(features.repeat(2, 1), random).chunk(2)
+        twice = setting.energy > 0 and step % _ENERGY_EVERY == 0
+        drawn, *again = self._draw(features.repeat(1 + twice, 1), random).chunk(1 + twice)
         seen_draw = drawn.detach().requires_grad_()
         if self._measurement is not None and step % _MEASURE_EVERY == 0:
             self._measure(self._measurement, seen_draw.detach(), batch, random)
@@ -226,14 +234,18 @@ class StochasticRecipe:
         total = loss + setting.regression * regression
         both = torch.cat([real, seen_draw])
         steepness = self._update_discriminator(both, features, total, step, average)
-        energy = latent_energy_score(real, drawn, again)
-        gradients = torch.autograd.grad(
-            [drawn, setting.energy * energy], self._g, [pull, torch.ones_like(energy)]
-        )
+        energy = loss.new_zeros(())
+        asks, weights = [drawn], [pull]
+        if again:
+            energy = _ENERGY_EVERY * latent_energy_score(real, drawn, again[0])
+            asks.append(setting.energy * energy)
+            weights.append(torch.ones_like(energy))
+        gradients = torch.autograd.grad(asks, self._g, weights)
         self._update(self._g, gradients, self.generator_optimiser, average)
         if step % _DECODE_EVERY == 0:
             self._learn_to_decode(values, real, unsure, random, average)
-        self._learn_grain(values, real, batch, random, average)
+        if step % _GRAIN_EVERY == 0:
+            self._learn_grain(values, real, batch, random, average)
         self._follow()
         losses = {"L_energy": energy, "L_generator": adversarial, "L_Dis": loss}
         losses |= {"L_features": _distance(seen[: len(real)], features), "penalty": steepness}

@@ -21,7 +21,9 @@ class StochasticSetting:
         Share of the training, after the autoencoder's, in which the generator learns by L_energy
         alone; 0: it begins with the adversary.
     learning_rate
-        Of generator's and discriminator's Adam (β 0 and 0.99).
+        Of generator's and discriminator's Adam (β 0 and 0.99), at its highest.
+    warmup
+        Share of the rest of the training, its first, in which that rate rises from 0 in a line.
     energy
         Weight of `latent_energy_score`.
     regression
@@ -46,12 +48,13 @@ class StochasticSetting:
     autoencoder_rate: float = 2e-3
     divergence: float = 1.0
     alone: float = 0.05
-    learning_rate: float = 4e-4
-    energy: float = 0.02
+    learning_rate: float = 6e-4
+    warmup: float = 0.03
+    energy: float = 0.03
     regression: float = 6.0
     measured: int = 16
     dropout: float = 0.3
     penalty: float = 1.0
     penalty_every: int = 8
     ema: float = 0.999
-    cooldown: float = 0.3
+    cooldown: float = 0.6
