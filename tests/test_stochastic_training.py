@@ -139,7 +139,7 @@ def test_the_learning_rates_end_near_zero(tmp_path, cells):
     config = settings(tmp_path / "run", cells)
     loop = run_loop(plan_of(config))
     rate = loop.recipe.generator_optimiser.param_groups[0]["lr"]
-    assert rate == pytest.approx(4e-4 * (1 / STEPS) / (0.7 * 0.3))
+    assert rate == pytest.approx(6e-4 * (1 / STEPS) / (0.7 * 0.6))
 
 
 def test_parts_can_be_switched_off(tmp_path, cells, trained):
