@@ -76,7 +76,7 @@ class Stochastic(Section):
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Decay of the averaged generator per step."""
     cooldown: Annotated[float, Field(ge=0, le=1)] = 0.6
-    """Share of the time afterwards, its last, in which the learning rates fall to 0 in a line."""
+    """Share of that time, its last, in which that rate falls to 0 in a line."""
 
     @model_validator(mode="after")
     def _leave_time_for_the_adversary(self) -> "Stochastic":

@@ -40,8 +40,7 @@ class StochasticSetting:
     ema
         Decay of the averaged generator, per step, once training is under way.
     cooldown
-        Share of the rest of the training, its last, in which the learning rates fall to 0 in a
-        line.
+        Share of the rest of the training, its last, in which that rate falls to 0 in a line.
     """
 
     autoencoder: float = 0.25

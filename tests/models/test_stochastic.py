@@ -228,6 +228,15 @@ def test_first_losses_are_those_of_the_papers():
     assert float(found["penalty"]) == float(found["L_energy"]) == 0
 
 
+@pytest.mark.parametrize(("energy", "step", "draws"), [(0.01, 0, 16), (0.01, 1, 8), (0.0, 0, 8)])
+def test_a_cell_is_drawn_twice_only_for_an_energy_score(monkeypatch, energy, step, draws):
+    tested, drawn = recipe(energy=energy), []
+    draw = tested._draw
+    monkeypatch.setattr(tested, "_draw", lambda f, random: drawn.append(len(f)) or draw(f, random))
+    tested.step(batch(), step, alone)
+    assert drawn == [draws]
+
+
 def test_each_network_is_moved_by_the_other_as_it_was_before_the_step():
     setting = {
         "penalty": 2.0,
