@@ -1,10 +1,9 @@
 """Train a generator on a measured dataset with Ray Train. Step: beside the other steps."""
 
 import json
-import threading
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
@@ -25,6 +24,7 @@ from cp2image.models.presets import STOCHASTIC
 from cp2image.profiles import Preparation, measured_features, prepare_profiles
 from cp2image.storage import delete_tree, exists, filesystem, join, read_bytes, write_bytes
 from cp2image.tracking import log_model, record
+from cp2image.training_board import progress_board
 from cp2image.training_cells import TrainingRead
 from cp2image.training_loop import STATES, TrainingPlan, adopt_state, read_state, run_worker
 from cp2image.training_measurement import measured_alike
@@ -166,7 +166,7 @@ def train(config: Config, place: Place = _ALONE) -> TrainingResult:
         if preparation is not None:
             _describe(dataset, preparation)
             measures = _measures_draws(config, dataset)
-            with nullcontext() if place.quiet else _board() as board:
+            with nullcontext() if place.quiet else progress_board() as board:
                 shape = dataset.patch_format
                 plan = TrainingPlan(config, preparation, shape, recorder, mark, board, measures)
                 _describe_measurement(plan)
@@ -215,44 +215,6 @@ def _recorded(output: str) -> dict[str, Any]:
         return {"steps": None, "run_id": ""}
     done: dict[str, Any] = json.loads(read_bytes(uri))
     return done
-
-
-class _Board:
-    """Holds the newest line of progress between the workers and the driver."""
-
-    def __init__(self) -> None:
-        self._line = ""
-
-    def show(self, line: str) -> None:
-        self._line = line
-
-    def read(self) -> str:
-        return self._line
-
-
-@contextmanager
-def _board() -> Iterator[Any]:
-    """Start an actor that workers report to; a thread prints what is new on the driver."""
-    board = ray.remote(num_cpus=0)(_Board).remote()
-    stop = threading.Event()
-
-    def follow() -> None:
-        shown = ""
-        while not stop.wait(2.0):
-            with suppress(Exception):  # progress is a courtesy: it must never end a run
-                line = ray.get(board.read.remote(), timeout=10)
-                if line != shown:
-                    print(f"train: {line}", flush=True)
-                    shown = line
-
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
-    try:
-        yield board
-    finally:
-        stop.set()
-        thread.join()
-        ray.kill(board)
 
 
 def _describe(dataset: CellDataset, preparation: Preparation) -> None:
