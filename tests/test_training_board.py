@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 
 import ray
 
@@ -14,11 +15,12 @@ def test_the_driver_prints_what_a_worker_showed_last(ray_session, capsys):
         assert ray.get(board.read.remote()) == "step 20 of 40"
         printed = ""
         while "step 20 of 40" not in printed:  # the test's timeout ends it
+            time.sleep(0.05)
             printed += capsys.readouterr().out
     assert printed == "train: step 20 of 40\n"
 
 
-def test_the_actor_imports_neither_torch_nor_mlflow():
+def test_its_module_which_the_actor_imports_needs_neither_torch_nor_mlflow():
     code = "import sys, cp2image.training_board; print(*{'torch', 'mlflow'} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == ""
