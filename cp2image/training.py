@@ -19,7 +19,7 @@ from cp2image.checkpoint import ModelCard, load_model, read_card
 from cp2image.cluster import join_cluster
 from cp2image.config import Config
 from cp2image.dataset import CellDataset, open_dataset
-from cp2image.errors import CheckpointError, Cp2ImageError, DivergenceError, TrainingError
+from cp2image.errors import CheckpointError, DivergenceError, TrainingError
 from cp2image.models.presets import STOCHASTIC
 from cp2image.profiles import Preparation, measured_features, prepare_profiles
 from cp2image.storage import delete_tree, exists, filesystem, join, read_bytes, write_bytes
@@ -28,6 +28,7 @@ from cp2image.training_board import progress_board
 from cp2image.training_cells import TrainingRead
 from cp2image.training_loop import STATES, TrainingPlan, adopt_state, read_state, run_worker
 from cp2image.training_measurement import measured_alike
+from cp2image.training_refusal import StopOnRefusal, refusal_of
 from cp2image.training_turns import TurnedRead, open_turned
 
 _FREE = (
@@ -243,25 +244,6 @@ def _describe_measurement(plan: TrainingPlan) -> None:
         )
 
 
-class _StopOnRefusal(UserCallback):  # type: ignore[misc]
-    """Ends a run whose workers refuse to go on: trying again cannot mend what they refuse."""
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Raise the first refusal; other failures (a killed worker, storage) are retried."""
-        for error in worker_exceptions.values():
-            refusal = _refusal(error)
-            if refusal is not None:
-                raise refusal
-
-
-def _refusal(error: BaseException) -> Cp2ImageError | None:
-    """Return the error of this package that Ray Train has wrapped, unless another try may help."""
-    inner = getattr(error, "_base_exc", error)
-    if isinstance(inner, Cp2ImageError) and not isinstance(inner, OSError):
-        return inner
-    return None
-
-
 def _turned(config: Config, dataset: CellDataset) -> list[CellDataset]:
     return open_turned(config.train.turned, dataset) if config.train.turned else []
 
@@ -292,7 +274,7 @@ def _fit(plan: TrainingPlan, dataset: CellDataset, place: Place) -> None:
                 storage_path=path,
                 storage_filesystem=files,
                 failure_config=FailureConfig(max_failures=settings.max_failures),
-                callbacks=[_StopOnRefusal(), *place.callbacks],
+                callbacks=[StopOnRefusal(), *place.callbacks],
             ),
             datasets=read,
             dataset_config=DataConfig(datasets_to_split=[]),
@@ -344,12 +326,12 @@ def _first(error: TrainingFailedError) -> BaseException:
 
 
 def _diverged(error: TrainingFailedError) -> bool:
-    return isinstance(_refusal(_first(error)), DivergenceError)
+    return isinstance(refusal_of(_first(error)), DivergenceError)
 
 
 def _cause(error: TrainingFailedError) -> str:
     first = _first(error)
-    refusal = _refusal(first)
+    refusal = refusal_of(first)
     if refusal is not None:
         return str(refusal)
     inner = getattr(first, "_base_exc", first)

@@ -18,7 +18,6 @@ from cp2image.config import Config
 from cp2image.data.balance import TreatmentSampler
 from cp2image.data.schema import PatchFormat
 from cp2image.errors import CheckpointError, DivergenceError, TrainingError
-from cp2image.figures.patches import figure_pairs
 from cp2image.metrics.validation import ValidationScores
 from cp2image.models.data_parallel import average_over_ranks
 from cp2image.models.losses import pixel_loss
@@ -302,6 +301,8 @@ class TrainingLoop:
         return ValidationScores(real, channels, settings.embeddings, settings.families)
 
     def _draw(self, real: Tensor, drawn: Tensor) -> None:
+        from cp2image.figures.patches import figure_pairs  # by one rank, once there is something
+
         channels = self._plan.patch_format.channels
         figure = figure_pairs(real.cpu().numpy(), drawn.cpu().numpy(), channels)
         self._plan.recorder.picture(figure, f"validation/step_{self.step:07d}.png")
