@@ -61,7 +61,7 @@ class Stochastic(Section):
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03
     """Share of the time afterwards, its first, in which that rate rises from 0 in a line."""
     energy: NotNegative = 0.03
-    """Weight of the energy score of two draws of each cell."""
+    """Weight of the energy score of two draws of each cell; near the end it falls to 0."""
     regression: NotNegative = 6.0
     """Weight of the features as the discriminator reads them from latents."""
     measured: Count = 16

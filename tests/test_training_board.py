@@ -32,5 +32,7 @@ def test_its_module_which_the_actor_imports_needs_neither_torch_nor_mlflow():
 
 def test_the_module_of_what_ends_a_training_needs_none_of_what_trains():
     """Ray Train's controller imports it, before any worker is started."""
-    found = {name for name in imported_by("cp2image.training_refusal") if name.startswith("cp2image")}
+    found = {
+        name for name in imported_by("cp2image.training_refusal") if name.startswith("cp2image")
+    }
     assert found == {"cp2image", "cp2image.errors", "cp2image.training_refusal"}

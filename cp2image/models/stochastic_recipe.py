@@ -31,8 +31,9 @@ _DECODE_EVERY, _DECODE_RATE, _DECODE_COOLDOWN = 8, 0.5, 0.3
 last share of the training after the generator's alone in which that falls to 0, the grain's too."""
 _ALONE_RATE = 1e-3
 """Learning rate of the generator while there is no adversary; it falls over that part's half."""
-_ENERGY_EVERY = 2
-"""Steps of the second part from one with a second draw of each cell to the next."""
+_ENERGY_EVERY, _ENERGY_COOLDOWN = 2, 0.15
+"""Steps of the second part from one with a second draw of each cell to the next; last share of the
+training after the generator's alone in which the energy score's weight falls to 0."""
 _GRAIN_EVERY, _GRAIN_RATE, _GRAIN_DROPOUT = 2, 3e-4, 0.2
 """Steps of the second part from one to the next of what noise is filtered with; its learning rate;
 share of the features that it does not see."""
@@ -51,14 +52,15 @@ class StochasticRecipe:
     """All networks, their optimisers, the averaged generator, and one training step.
 
     First the autoencoder learns patches; its decoder and what filters noise go on to the end. Next
-    the generator learns by the energy score of two draws of each cell, see `latent_energy_score`,
-    which goes on to the end, later in every second step: it alone asks that draws differ as cells
-    do. Then the discriminator learns to tell a cell's latents from drawn ones of the same features
-    by the difference of their scores, softplus(score(draw) − score(cell)), the generator the
-    reverse (relativistic pairing, Jolicoeur-Martineau, ICLR 2019; with R1 + R2 as in R3GAN, Huang
-    et al., NeurIPS 2024); of two draws the discriminator sees the first. How features are read from
-    latents it learns from cells and, where draws can be measured, from draws as well: else it would
-    not know what becomes of a draw's flaws when it is measured, nor the generator. What draws still
+    the generator learns by the energy score of two draws of each cell, see `latent_energy_score`:
+    it alone asks that draws differ as cells do. That goes on in every second step, until near the
+    end its weight falls to 0, for it keeps a late generator from what the discriminator teaches.
+    The latter learns to tell a cell's latents from drawn ones of the same features by the
+    difference of their scores, softplus(score(draw) − score(cell)), the generator the reverse
+    (relativistic pairing, Jolicoeur-Martineau, ICLR 2019; with R1 + R2 as in R3GAN, Huang et al.,
+    NeurIPS 2024); of two draws the discriminator sees the first. How features are read from latents
+    it learns from cells and, where draws can be measured, from draws as well: else it would not
+    know what becomes of a draw's flaws when it is measured, nor the generator. What draws still
     lack on average is asked for in addition.
 
     Parameters
@@ -125,7 +127,7 @@ class StochasticRecipe:
         return self._followed > 0
 
     def reached(self, share: float) -> None:
-        """Set the learning rates by the share of the training that is done, 0 to 1."""
+        """Set learning rates and L_energy's weight by the share of the training done, 0 to 1."""
         setting, self._share = self.setting, share
         first, then = setting.autoencoder, setting.autoencoder + setting.alone
         left = 1 - min(max(share - then, 0.0) / (1 - then), 1.0)
@@ -139,6 +141,7 @@ class StochasticRecipe:
         for optimiser in (self.generator_optimiser, self.discriminator_optimiser):
             _set_rate(optimiser, setting.learning_rate * begun * cooled)
         _set_rate(self.grain_optimiser, _GRAIN_RATE * late)
+        self._energy = setting.energy * min(1.0, left / _ENERGY_COOLDOWN)
 
     def step(self, batch: Batch, step: int, average: Average) -> dict[str, Tensor]:
         """Train on one batch: autoencoder, generator, then generator and discriminator.
@@ -211,7 +214,7 @@ class StochasticRecipe:
         values = to_log(batch.original)
         with torch.no_grad(), self._autocast():
             real, unsure = (found.float() for found in self.encoder(values))
-        twice = setting.energy > 0 and step % _ENERGY_EVERY == 0
+        twice = self._energy > 0 and step % _ENERGY_EVERY == 0
         drawn, *again = self._draw(features.repeat(1 + twice, 1), random).chunk(1 + twice)
         seen_draw = drawn.detach().requires_grad_()
         if self._measurement is not None and step % _MEASURE_EVERY == 0:
@@ -238,7 +241,7 @@ class StochasticRecipe:
         asks, weights = [drawn], [pull]
         if again:
             energy = _ENERGY_EVERY * latent_energy_score(real, drawn, again[0])
-            asks.append(setting.energy * energy)
+            asks.append(self._energy * energy)
             weights.append(torch.ones_like(energy))
         gradients = torch.autograd.grad(asks, self._g, weights)
         self._update(self._g, gradients, self.generator_optimiser, average)

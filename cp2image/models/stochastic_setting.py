@@ -25,7 +25,7 @@ class StochasticSetting:
     warmup
         Share of the rest of the training, its first, in which that rate rises from 0 in a line.
     energy
-        Weight of `latent_energy_score`.
+        Weight of `latent_energy_score` beside the adversary, until near the end it falls to 0.
     regression
         Weight of ½ Σ (feature − feature as predicted from the latents)² / p.
     measured

@@ -237,6 +237,34 @@ def test_a_cell_is_drawn_twice_only_for_an_energy_score(monkeypatch, energy, ste
     assert drawn == [draws]
 
 
+@pytest.mark.parametrize(
+    ("share", "weight"), [(0.0, 4.0), (0.85, 4.0), (0.8875, 3.0), (0.9625, 1.0)]
+)
+def test_near_the_end_the_energy_score_weighs_less_and_less(share, weight):
+    """At such a share of the adversary's time."""
+    found = []
+    for tested in (
+        recipe(0.3 + 0.7 * share, energy=4.0),
+        recipe(energy=weight),
+        recipe(energy=4.0),
+    ):
+        gradients = []
+        tested.step(batch(), 0, lambda g, kept=gradients: kept.append([v.clone() for v in g]))
+        count = len(list(tested.generator.latents.parameters()))
+        (own,) = (g for g in gradients if len(g) == count)
+        found.append(torch.cat([v.flatten() for v in own]))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+    assert torch.equal(found[1], found[2]) == (weight == 4.0)
+
+
+def test_once_the_energy_score_weighs_nothing_a_cell_is_drawn_once(monkeypatch):
+    tested, drawn = recipe(1.0), []
+    draw = tested._draw
+    monkeypatch.setattr(tested, "_draw", lambda f, random: drawn.append(len(f)) or draw(f, random))
+    assert float(tested.step(batch(), 0, alone)["L_energy"]) == 0
+    assert drawn == [8]
+
+
 def test_each_network_is_moved_by_the_other_as_it_was_before_the_step():
     setting = {
         "penalty": 2.0,
