@@ -1,7 +1,7 @@
 """What ends a training for good. Needs Ray Train and this package's errors alone.
 
-Ray Train's controller imports the module that its callbacks stand in: here that is next to nothing,
-while all that training needs would take its process seconds, before any worker is started.
+Ray Train's controller imports the module that its callbacks stand in before any worker is started:
+here that is next to nothing beside what Ray Train needs itself.
 """
 
 from typing import Any

@@ -53,9 +53,9 @@ class StochasticRecipe:
 
     First the autoencoder learns patches; its decoder and what filters noise go on to the end. Next
     the generator learns by the energy score of two draws of each cell, see `latent_energy_score`:
-    it alone asks that draws differ as cells do. That goes on in every second step, until near the
-    end its weight falls to 0, for it keeps a late generator from what the discriminator teaches.
-    The latter learns to tell a cell's latents from drawn ones of the same features by the
+    it alone asks that draws differ as cells do. That goes on in every second step; near the end its
+    weight falls to 0, as draws were seen to come nearer to cells without it (docs/trials.md). The
+    discriminator learns to tell a cell's latents from drawn ones of the same features by the
     difference of their scores, softplus(score(draw) − score(cell)), the generator the reverse
     (relativistic pairing, Jolicoeur-Martineau, ICLR 2019; with R1 + R2 as in R3GAN, Huang et al.,
     NeurIPS 2024); of two draws the discriminator sees the first. How features are read from latents

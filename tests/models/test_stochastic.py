@@ -228,9 +228,12 @@ def test_first_losses_are_those_of_the_papers():
     assert float(found["penalty"]) == float(found["L_energy"]) == 0
 
 
-@pytest.mark.parametrize(("energy", "step", "draws"), [(0.01, 0, 16), (0.01, 1, 8), (0.0, 0, 8)])
-def test_a_cell_is_drawn_twice_only_for_an_energy_score(monkeypatch, energy, step, draws):
-    tested, drawn = recipe(energy=energy), []
+@pytest.mark.parametrize(
+    ("share", "energy", "step", "draws"),
+    [(0.5, 0.01, 0, 16), (0.5, 0.01, 1, 8), (0.5, 0.0, 0, 8), (1.0, 0.01, 0, 8)],
+)
+def test_a_cell_is_drawn_twice_only_for_an_energy_score(monkeypatch, share, energy, step, draws):
+    tested, drawn = recipe(share, energy=energy), []
     draw = tested._draw
     monkeypatch.setattr(tested, "_draw", lambda f, random: drawn.append(len(f)) or draw(f, random))
     tested.step(batch(), step, alone)
@@ -255,14 +258,6 @@ def test_near_the_end_the_energy_score_weighs_less_and_less(share, weight):
         found.append(torch.cat([v.flatten() for v in own]))
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
     assert torch.equal(found[1], found[2]) == (weight == 4.0)
-
-
-def test_once_the_energy_score_weighs_nothing_a_cell_is_drawn_once(monkeypatch):
-    tested, drawn = recipe(1.0), []
-    draw = tested._draw
-    monkeypatch.setattr(tested, "_draw", lambda f, random: drawn.append(len(f)) or draw(f, random))
-    assert float(tested.step(batch(), 0, alone)["L_energy"]) == 0
-    assert drawn == [8]
 
 
 def test_each_network_is_moved_by_the_other_as_it_was_before_the_step():
