@@ -63,7 +63,8 @@ class Stochastic(Section):
     energy: NotNegative = 0.03
     """Weight of the energy score of two draws of each cell; near the end it falls to 0."""
     regression: NotNegative = 6.0
-    """Weight of the features as the discriminator reads them from latents."""
+    """Weight of the features as the discriminator reads them from latents; near the end it rises to
+    three times as much."""
     measured: Count = 16
     """Draws that are measured every 8 steps over all workers, a batch at most, so that the
     discriminator learns to read draws as well as cells. Only where the features are

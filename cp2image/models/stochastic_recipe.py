@@ -31,9 +31,11 @@ _DECODE_EVERY, _DECODE_RATE, _DECODE_COOLDOWN = 8, 0.5, 0.3
 last share of the training after the generator's alone in which that falls to 0, the grain's too."""
 _ALONE_RATE = 1e-3
 """Learning rate of the generator while there is no adversary; it falls over that part's half."""
-_ENERGY_EVERY, _ENERGY_COOLDOWN = 2, 0.15
-"""Steps of the second part from one with a second draw of each cell to the next; last share of the
-training after the generator's alone in which the energy score's weight falls to 0."""
+_ENERGY_EVERY = 2
+"""Steps of the second part from one with a second draw of each cell to the next."""
+_LATE, _READING_LATE = 0.15, 3.0
+"""Last share of the training after the generator's alone, in which the energy score's weight falls
+to 0 and that of reading features rises; to how many times as much."""
 _GRAIN_EVERY, _GRAIN_RATE, _GRAIN_DROPOUT = 2, 3e-4, 0.2
 """Steps of the second part from one to the next of what noise is filtered with; its learning rate;
 share of the features that it does not see."""
@@ -54,7 +56,8 @@ class StochasticRecipe:
     First the autoencoder learns patches; its decoder and what filters noise go on to the end. Next
     the generator learns by the energy score of two draws of each cell, see `latent_energy_score`:
     it alone asks that draws differ as cells do. That goes on in every second step; near the end its
-    weight falls to 0, as draws were seen to come nearer to cells without it (docs/trials.md). The
+    weight falls to 0 and that of reading features becomes three times as much, with which draws
+    were seen to come nearer to cells (docs/trials.md). The
     discriminator learns to tell a cell's latents from drawn ones of the same features by the
     difference of their scores, softplus(score(draw) − score(cell)), the generator the reverse
     (relativistic pairing, Jolicoeur-Martineau, ICLR 2019; with R1 + R2 as in R3GAN, Huang et al.,
@@ -127,7 +130,7 @@ class StochasticRecipe:
         return self._followed > 0
 
     def reached(self, share: float) -> None:
-        """Set learning rates and L_energy's weight by the share of the training done, 0 to 1."""
+        """Set learning rates and weights of losses by the share of the training done, 0 to 1."""
         setting, self._share = self.setting, share
         first, then = setting.autoencoder, setting.autoencoder + setting.alone
         left = 1 - min(max(share - then, 0.0) / (1 - then), 1.0)
@@ -141,7 +144,9 @@ class StochasticRecipe:
         for optimiser in (self.generator_optimiser, self.discriminator_optimiser):
             _set_rate(optimiser, setting.learning_rate * begun * cooled)
         _set_rate(self.grain_optimiser, _GRAIN_RATE * late)
-        self._energy = setting.energy * min(1.0, left / _ENERGY_COOLDOWN)
+        before_late = min(1.0, left / _LATE)
+        self._energy = setting.energy * before_late
+        self._reading = setting.regression * (_READING_LATE + (1 - _READING_LATE) * before_late)
 
     def step(self, batch: Batch, step: int, average: Average) -> dict[str, Tensor]:
         """Train on one batch: autoencoder, generator, then generator and discriminator.
@@ -210,7 +215,7 @@ class StochasticRecipe:
         self, batch: Batch, step: int, random: Random, average: Average
     ) -> dict[str, Tensor]:
         """Update discriminator and generator."""
-        setting, features = self.setting, batch.features
+        features = batch.features
         values = to_log(batch.original)
         with torch.no_grad(), self._autocast():
             real, unsure = (found.float() for found in self.encoder(values))
@@ -230,11 +235,11 @@ class StochasticRecipe:
         difference = score[: len(real)].float() - fake_score.float()
         loss, adversarial = softplus(-difference).mean(), softplus(difference).mean()
         regression = _distance(seen, asked)
-        if setting.regression:
+        if self._reading:
             wanted = features + self._measured.correction
-            adversarial = adversarial + setting.regression * _distance(fake_seen, wanted)
+            adversarial = adversarial + self._reading * _distance(fake_seen, wanted)
         (pull,) = torch.autograd.grad(adversarial, seen_draw, retain_graph=True)
-        total = loss + setting.regression * regression
+        total = loss + self._reading * regression
         both = torch.cat([real, seen_draw])
         steepness = self._update_discriminator(both, features, total, step, average)
         energy = loss.new_zeros(())

@@ -27,7 +27,8 @@ class StochasticSetting:
     energy
         Weight of `latent_energy_score` beside the adversary, until near the end it falls to 0.
     regression
-        Weight of ½ Σ (feature − feature as predicted from the latents)² / p.
+        Weight of ½ Σ (feature − feature as predicted from the latents)² / p; near the end it rises
+        to three times as much.
     measured
         Draws that are measured every 8 steps, over all ranks; from half a batch of the newest 2048
         the discriminator learns as well how features are to be read. Needs a `Measurement`.

@@ -241,23 +241,27 @@ def test_a_cell_is_drawn_twice_only_for_an_energy_score(monkeypatch, share, ener
 
 
 @pytest.mark.parametrize(
-    ("share", "weight"), [(0.0, 4.0), (0.85, 4.0), (0.8875, 3.0), (0.9625, 1.0)]
+    ("share", "energy", "regression"),
+    [(0.0, 4.0, 2.0), (0.85, 4.0, 2.0), (0.8875, 3.0, 3.0), (0.9625, 1.0, 5.0)],
 )
-def test_near_the_end_the_energy_score_weighs_less_and_less(share, weight):
+def test_near_the_end_the_energy_score_weighs_less_and_reading_features_more(
+    share, energy, regression
+):
     """At such a share of the adversary's time."""
+    late = gradients_of(recipe(0.3 + 0.7 * share, energy=4.0, regression=2.0))
+    same = gradients_of(recipe(energy=energy, regression=regression))
+    for mine, theirs in zip(late, same, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    for one in ({"energy": 4.0, "regression": regression}, {"energy": energy, "regression": 2.0}):
+        other = gradients_of(recipe(**one))[1]
+        assert torch.equal(other, same[1]) == (share < 0.86)
+
+
+def gradients_of(tested):
+    """What the first step moves discriminator and generator by, each as one vector."""
     found = []
-    for tested in (
-        recipe(0.3 + 0.7 * share, energy=4.0),
-        recipe(energy=weight),
-        recipe(energy=4.0),
-    ):
-        gradients = []
-        tested.step(batch(), 0, lambda g, kept=gradients: kept.append([v.clone() for v in g]))
-        count = len(list(tested.generator.latents.parameters()))
-        (own,) = (g for g in gradients if len(g) == count)
-        found.append(torch.cat([v.flatten() for v in own]))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
-    assert torch.equal(found[1], found[2]) == (weight == 4.0)
+    tested.step(batch(), 0, lambda g: found.append(torch.cat([v.flatten() for v in g])))
+    return found[:2]
 
 
 def test_each_network_is_moved_by_the_other_as_it_was_before_the_step():
