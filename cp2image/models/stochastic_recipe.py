@@ -57,14 +57,14 @@ class StochasticRecipe:
     the generator learns by the energy score of two draws of each cell, see `latent_energy_score`:
     it alone asks that draws differ as cells do. That goes on in every second step; near the end its
     weight falls to 0 and that of reading features becomes three times as much, with which draws
-    were seen to come nearer to cells (docs/trials.md). The
-    discriminator learns to tell a cell's latents from drawn ones of the same features by the
-    difference of their scores, softplus(score(draw) − score(cell)), the generator the reverse
-    (relativistic pairing, Jolicoeur-Martineau, ICLR 2019; with R1 + R2 as in R3GAN, Huang et al.,
-    NeurIPS 2024); of two draws the discriminator sees the first. How features are read from latents
-    it learns from cells and, where draws can be measured, from draws as well: else it would not
-    know what becomes of a draw's flaws when it is measured, nor the generator. What draws still
-    lack on average is asked for in addition.
+    were seen to come nearer to cells (docs/trials.md). The discriminator learns to tell a cell's
+    latents from drawn ones of the same features by the difference of their scores,
+    softplus(score(draw) − score(cell)), the generator the reverse (relativistic pairing,
+    Jolicoeur-Martineau, ICLR 2019; with R1 + R2 as in R3GAN, Huang et al., NeurIPS 2024); of two
+    draws the discriminator sees the first. How features are read from latents it learns from cells
+    and, where draws can be measured, from draws as well: else it would not know what becomes of a
+    draw's flaws when it is measured, nor the generator. What draws still lack on average is asked
+    for in addition.
 
     Parameters
     ----------
