@@ -128,7 +128,7 @@ class Train(Section):
     """Stop after this many minutes of training even if ``steps`` are not reached."""
     batch_size: Positive | None = None
     """Cells per step over all workers. None: as many as treatments, the paper's 104; 64 for
-    ``lsgan``; for ``cp2image-s`` 8, or 64 on a GPU: on CPUs many small steps go furthest."""
+    ``lsgan``; for ``cp2image-s`` 16, or 64 on a GPU."""
     balance: Literal["treatment", "cell"] = "treatment"
     """Draw every treatment alike (the paper's way), or every cell alike: better where many
     treatments have a handful of cells, which would be seen again and again."""
@@ -162,7 +162,7 @@ class Train(Section):
 
     def cells_per_step(self, treatments: int) -> int:
         """Cells per step over all workers, the preset's own where none is set."""
-        own = {"cp2image-s": 64 if self.gpu else 8, "lsgan": 64}.get(self.preset, treatments)
+        own = {"cp2image-s": 64 if self.gpu else 16, "lsgan": 64}.get(self.preset, treatments)
         return self.batch_size or max(own, self.workers)
 
     @property

@@ -323,8 +323,8 @@ def test_time_must_be_left_for_the_adversary():
     ("train", "cells"),
     [
         ({"preset": "paper"}, 104),
-        ({"preset": "cp2image-s"}, 8),
-        ({"preset": "cp2image-s", "workers": 12}, 12),
+        ({"preset": "cp2image-s"}, 16),
+        ({"preset": "cp2image-s", "workers": 20}, 20),
         ({"preset": "cp2image-s", "gpu": True}, 64),
         ({"preset": "cp2image-s", "batch_size": 30}, 30),
     ],
